@@ -1,0 +1,65 @@
+"""Fine-tuning as a contract: the public names, imported when they are first used.
+
+>>> import thawline as tl
+>>> plan = tl.FreezePlan(train=["head"], norms="pinned")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from thawline.ckpt.convert import ConversionReport as ConversionReport
+    from thawline.ckpt.convert import convert as convert
+    from thawline.errors import BaseMismatch as BaseMismatch
+    from thawline.errors import CheckpointError as CheckpointError
+    from thawline.errors import DataError as DataError
+    from thawline.errors import LawBroken as LawBroken
+    from thawline.errors import RecipeError as RecipeError
+    from thawline.errors import SelectorError as SelectorError
+    from thawline.errors import Stopped as Stopped
+    from thawline.errors import ThawlineError as ThawlineError
+    from thawline.freeze.audit import AuditReport as AuditReport
+    from thawline.freeze.plan import FreezePlan as FreezePlan
+    from thawline.tasks.loading import load as load
+    from thawline.tasks.runs import resume as resume
+    from thawline.tasks.runs import train as train
+    from thawline.train.loop import Run as Run
+
+_HOMES = {
+    "AuditReport": "thawline.freeze.audit",
+    "BaseMismatch": "thawline.errors",
+    "CheckpointError": "thawline.errors",
+    "ConversionReport": "thawline.ckpt.convert",
+    "DataError": "thawline.errors",
+    "FreezePlan": "thawline.freeze.plan",
+    "LawBroken": "thawline.errors",
+    "RecipeError": "thawline.errors",
+    "Run": "thawline.train.loop",
+    "SelectorError": "thawline.errors",
+    "Stopped": "thawline.errors",
+    "ThawlineError": "thawline.errors",
+    "convert": "thawline.ckpt.convert",
+    "load": "thawline.tasks.loading",
+    "resume": "thawline.tasks.runs",
+    "train": "thawline.tasks.runs",
+}
+
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("thawline")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'thawline' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

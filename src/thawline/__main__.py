@@ -1,0 +1,5 @@
+"""`python -m thawline` is `thawline`."""
+
+from thawline.cli import main
+
+main()

@@ -1,0 +1,160 @@
+"""Thawline's own runs, checkpoints and deltas, read without torch.
+
+A delta names its base by fingerprint and by the digest of each of its tensors; which tensors come out is in its
+metadata. Putting base and delta together is the caller's, because it needs the base's bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from blake3 import blake3
+
+from thawline.ckpt import manifest
+from thawline.ckpt.formats.pieces import MappedFile, Plan, Planned
+from thawline.ckpt.formats.safetensors_header import MAX_HEADER, read_header
+from thawline.errors import CheckpointError
+
+DELTA: Final = "delta.safetensors"
+KIND: Final = "delta/1"
+_STEP = re.compile(r"step-\d+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaPlan:
+    """A delta, not yet put over its base.
+
+    tensors: the changed and the new ones, tied names included
+    digests: name -> digest of each of them
+    base:    name -> digest of every tensor of the base
+    fingerprint, base_path: of the base; the path is where it was, for messages and for finding it
+    copied:  new name -> name in the base that holds the same bytes
+    removed: names of the base that are no more
+    """
+
+    tensors: Mapping[str, Planned]
+    digests: Mapping[str, str]
+    base: Mapping[str, str]
+    fingerprint: str
+    base_path: str
+    below: tuple[str, ...]
+    copied: Mapping[str, str]
+    removed: tuple[str, ...]
+    merged: bool | None
+    path: Path
+    file: MappedFile
+    result: str
+
+
+def is_delta(path: Path) -> bool:
+    """Whether a file is one of our deltas."""
+    if not path.is_file() or path.suffix != ".safetensors":
+        return False
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            return length <= MAX_HEADER and b'"thawline":"delta/' in file.read(length)
+    except OSError:
+        return False
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is one checkpoint of a run."""
+    return path.is_dir() and (path / manifest.NAME).is_file() and (path / DELTA).is_file()
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is a run directory."""
+    return (
+        path.is_dir()
+        and ((path / "base.json").is_file() or (path / "checkpoints").is_dir())
+        and not is_checkpoint(path)
+    )
+
+
+def newest_checkpoint(path: Path) -> tuple[Path, tuple[str, ...]]:
+    """The newest whole checkpoint of a run, and a note for each damaged one that was passed over.
+
+    Raises CheckpointError if there is none.
+    """
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = sorted((entry.name for entry in folder.iterdir() if _STEP.fullmatch(entry.name)), reverse=True)
+    notes: list[str] = []
+    for name in steps:
+        problems = manifest.verify(folder / name)
+        if not problems:
+            return folder / name, tuple(notes)
+        notes.append(f"{name} is damaged and was passed over: {problems[0]}")
+    raise CheckpointError(
+        "has no whole checkpoint", where=str(folder), fix="; ".join(notes) or "has the run written one yet?"
+    )
+
+
+def checked(path: Path) -> Path:
+    """The delta of a checkpoint after its manifest was compared. Raises CheckpointError naming the first problem."""
+    problems = manifest.verify(path)
+    if problems:
+        raise CheckpointError("; ".join(problems), where=str(path), fix="use another checkpoint of the run")
+    return path / DELTA
+
+
+def read_delta(path: Path) -> DeltaPlan:
+    """Read a delta's header and metadata. Raises CheckpointError if it is damaged or of a later version."""
+    file = MappedFile(path)
+    stored, metadata = read_header(file, "delta")
+    if metadata.get("thawline") != KIND:
+        raise CheckpointError(
+            f"is not a delta that this version reads ({metadata.get('thawline')!r}, wanted {KIND!r})",
+            where=str(path),
+            fix="update Thawline, or give another file",
+        )
+    claimed = metadata.pop("check", "")
+    if claimed != str(blake3(json.dumps(dict(sorted(metadata.items()))).encode()).hexdigest()):
+        raise CheckpointError("its metadata are altered", where=str(path), fix="take the delta from a copy")
+    try:
+        base = json.loads(metadata["base"])
+        aliases: dict[str, str] = json.loads(metadata["aliases"])
+        tensors = dict(stored)
+        for alias, kept in aliases.items():
+            tensors[alias] = stored[kept].renamed(alias, tied_to=kept)
+        plan = DeltaPlan(
+            tensors=tensors,
+            digests=_texts(json.loads(metadata["digests"])),
+            base=_texts(base["digests"]),
+            fingerprint=str(base["fingerprint"]),
+            base_path=str(base["path"]),
+            below=tuple(map(str, base["below"])),
+            copied=_texts(json.loads(metadata["copied"])),
+            removed=tuple(map(str, json.loads(metadata["removed"]))),
+            merged=json.loads(metadata["merged"]),
+            path=path,
+            file=file,
+            result=str(metadata["result"]),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise CheckpointError(f"damaged: {exc}", where=str(path), fix="take the delta from a copy") from exc
+    if set(plan.digests) != set(tensors):
+        raise CheckpointError("tensors and digests are of different names", where=str(path), fix="take it from a copy")
+    return plan
+
+
+def plan_alone(delta: DeltaPlan) -> Plan:
+    """The delta's own tensors, without the base."""
+    unchanged = set(delta.base) - set(delta.tensors) - set(delta.removed)
+    return Plan(
+        format="thawline delta",
+        tensors=delta.tensors,
+        files=(delta.file,),
+        not_held=dict.fromkeys(sorted(unchanged), "unchanged from the base"),
+    )
+
+
+def _texts(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise ValueError("a record of names is damaged")
+    return value

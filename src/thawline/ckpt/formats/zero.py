@@ -1,0 +1,735 @@
+"""DeepSpeed checkpoints of ZeRO stages 0 to 3: full-precision masters put together from the ranks' shards.
+
+Layouts as DeepSpeed 0.19 writes them (deepspeed/runtime/engine.py `_get_zero_ckpt_name`, `_save_checkpoint`;
+runtime/zero/stage_1_and_2.py and stage3.py `state_dict`; the reading side is utils/zero_to_fp32.py):
+
+    latest                                              the tag
+    TAG/mp_rank_00_model_states.pt                      stages 0, 1, 2
+    TAG/zero_pp_rank_R_mp_rank_00_model_states.pt       stage 3, every rank
+    TAG/[bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt
+    TAG/zero/NAME/fp32.pt                               a universal checkpoint (ds_to_universal) instead of the last
+
+Stages 1 and 2: group g is the concatenation of its parameters in the order of `param_shapes[g]`, cut into equal
+partitions. Stage 3: every parameter of n elements gives every rank ceil(n / N) elements; a rank's flat groups, one
+after another, hold those pieces. Shards that do not belong together (counts, steps, shapes) are refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from thawline.ckpt.formats.pieces import (
+    ITEM_BYTES,
+    Linear,
+    Part,
+    Plan,
+    Planned,
+    TensorInfo,
+    chunks,
+    elements,
+    inside,
+    regions,
+)
+from thawline.ckpt.formats.torch_archive import TorchArchive, open_archive
+from thawline.ckpt.formats.unpickle import Inert, TensorRef
+from thawline.errors import CheckpointError
+
+MASTER: Final = "master weights"
+MODULE: Final = "module"
+FROZEN: Final = "frozen fragment"
+BUFFER: Final = "buffer"
+
+_OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+_OTHER_PARALLEL = re.compile(r"(?:layer_\d+-model_|expert_\d+_|layer_\d+_expert_).*\.pt")
+
+
+def looks_like(path: Path) -> bool:
+    """Whether a folder is a DeepSpeed checkpoint, or the folder of one tag."""
+    return path.is_dir() and ((path / "latest").is_file() or _is_tag(path) or bool(_tags(path)))
+
+
+def plan(path: Path, *, tag: str | None = None) -> Plan:
+    """What a DeepSpeed checkpoint holds.
+
+    tag: which of several checkpoints below `path`; without it the file `latest` says, or there is only one.
+    Raises CheckpointError if shards are missing, damaged, or come from different runs.
+    """
+    folder, notes = _choose(path, tag)
+    shards = _Shards.open(folder)
+    stage, how = shards.stage, f"zero-{shards.stage} ({shards.world} ranks)"
+    if shards.universal:
+        tensors, not_held = _universal(shards)
+        how = "universal"
+    elif stage == 3:
+        tensors, not_held = _stage_3(shards)
+    elif stage in (1, 2):
+        tensors, not_held = _stage_1_or_2(shards)
+    else:
+        tensors, not_held = _stage_0(shards, notes)
+    if any(name.startswith("_forward_module.") for name in tensors):
+        notes.append("the prefix '_forward_module.' of old Lightning versions was removed")
+        tensors = {
+            name.removeprefix("_forward_module."): tensor.renamed(
+                name.removeprefix("_forward_module."),
+                tied_to=tensor.info.tied_to and tensor.info.tied_to.removeprefix("_forward_module."),
+            )
+            for name, tensor in tensors.items()
+        }
+    if not tensors:
+        raise CheckpointError("holds no tensor", where=str(folder), fix="give another checkpoint")
+    return Plan(
+        format=f"deepspeed {how}",
+        tensors=tensors,
+        files=tuple(archive.file for archive in shards.archives()),
+        notes=tuple(notes),
+        not_held=not_held,
+        sidecars=_sidecars(folder),
+        widen=True,
+    )
+
+
+# --- which folder ---
+
+
+def _is_tag(folder: Path) -> bool:
+    try:
+        return any(_MODEL.fullmatch(entry.name) for entry in folder.iterdir())
+    except OSError:
+        return False
+
+
+def _tags(path: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and _is_tag(entry))
+    except OSError:
+        return []
+
+
+def _choose(path: Path, tag: str | None) -> tuple[Path, list[str]]:
+    if tag is None and _is_tag(path):
+        return path, []
+    tags = _tags(path)
+    listed = ", ".join(tags) or "none"
+    if tag is not None:
+        if tag not in tags:
+            raise CheckpointError(f"has no checkpoint {tag!r}", where=str(path), fix=f"choose one of: {listed}")
+        return inside(path, tag), []
+    latest = path / "latest"
+    if latest.is_file():
+        with open(latest, "rb") as file:
+            named = file.read(4096).decode("utf-8", "replace").strip()
+        if named in ("", ".", "..") or "/" in named or "\\" in named or "\0" in named:
+            raise CheckpointError(
+                f"the file 'latest' does not name a folder: {named!r}", where=str(path), fix=f"ask for a tag: {listed}"
+            )
+        folder = inside(path, named)
+        if named in tags:
+            return folder, []
+        raise CheckpointError(
+            f"the file 'latest' names {named!r}, which is not there", where=str(path), fix=f"ask for a tag: {listed}"
+        )
+    if len(tags) == 1:
+        return inside(path, tags[0]), [f"the file 'latest' is missing; there is one checkpoint, {tags[0]!r}"]
+    raise CheckpointError(
+        "the file 'latest' is missing and several checkpoints are there"
+        if tags
+        else "no DeepSpeed checkpoint is in this folder",
+        where=str(path),
+        fix=f"ask for a tag: {listed}",
+    )
+
+
+def _sidecars(folder: Path) -> dict[str, Path]:
+    """The configuration that WeNet writes beside a DeepSpeed folder: EXP/TAG.yaml or EXP/train.yaml."""
+    for candidate in (folder.parent / f"{folder.name}.yaml", folder.parent / "train.yaml"):
+        if candidate.is_file():
+            return {"train.yaml": candidate}
+    return {}
+
+
+# --- the shards ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Shards:
+    folder: Path
+    model: tuple[TorchArchive, ...]
+    optim: tuple[TorchArchive, ...]
+    stage: int
+    universal: Mapping[str, TorchArchive]
+
+    @property
+    def world(self) -> int:
+        """Number of ranks that wrote the checkpoint."""
+        value = self.state("dp_world_size")
+        return value if isinstance(value, int) else max(len(self.optim), 1)
+
+    def archives(self) -> tuple[TorchArchive, ...]:
+        return (*self.model, *self.optim, *self.universal.values())
+
+    def state(self, key: str) -> Any:
+        """An entry of rank 0's model states."""
+        return self.model[0].value.get(key)
+
+    def optimizer(self, rank: int) -> Mapping[str, Any]:
+        state = self.optim[rank].value.get("optimizer_state_dict")
+        if not isinstance(state, dict):
+            raise self.bad("has no optimizer state", self.optim[rank].file.path)
+        return state
+
+    def bad(self, what: str, path: Path | None = None, fix: str = "") -> CheckpointError:
+        return CheckpointError(
+            what,
+            where=str(path or self.folder),
+            fix=fix or "use another checkpoint; the training run itself goes on from its own files",
+        )
+
+    @classmethod
+    def open(cls, folder: Path) -> _Shards:
+        model, optim, others = _listing(folder)
+        if others:
+            raise CheckpointError(
+                f"holds model-parallel or mixture-of-experts files ({others[0]}), which are not supported",
+                where=str(folder),
+                fix="merge them with the tools of the framework that wrote them",
+            )
+        if not model:
+            raise CheckpointError("has no model states", where=str(folder), fix="copy the folder again")
+        models = tuple(_open_shard(folder, model[rank]) for rank in sorted(model))
+        optims = tuple(_open_shard(folder, optim[rank]) for rank in sorted(optim))
+        universal = {} if optim else _open_universal(folder)
+        per_rank = any(name.startswith("zero_pp_rank_") for name in model.values())
+        stage = (3 if per_rank else 2) if universal else _stage(models[0], optims)
+        shards = cls(folder, models, optims, stage, universal)
+        shards._check(sorted(model), sorted(optim))
+        return shards
+
+    def _check(self, model_ranks: Sequence[int], optim_ranks: Sequence[int]) -> None:
+        """Refuse shards that are incomplete or do not belong together."""
+        world = self.world
+        wanted = list(range(world))
+        if self.stage > 0 and not self.universal and list(optim_ranks) != wanted:
+            raise self.bad(
+                f"was written by {world} ranks; optimizer shards (*_optim_states.pt) are there of "
+                f"{_ranks(optim_ranks)}{_missing(wanted, optim_ranks)}",
+                fix="bring the missing shards back; without them the masters are not whole",
+            )
+        if self.stage == 3 and list(model_ranks) != wanted:
+            raise self.bad(
+                f"was written by {world} ranks; model shards (*_model_states.pt) are there of "
+                f"{_ranks(model_ranks)}{_missing(wanted, model_ranks)}",
+                fix="bring the missing shards back; without them frozen parameters are not whole",
+            )
+        if self.state("mp_world_size") not in (None, 1):
+            raise self.bad(
+                f"was written with {self.state('mp_world_size')} model-parallel ranks, which is not supported"
+            )
+        for key in ("param_shapes", "frozen_param_shapes", "global_steps", "dp_world_size", "ds_version"):
+            for archive in self.model[1:]:
+                mine, theirs = _plain(archive.value.get(key)), _plain(self.state(key))
+                if mine and theirs and mine != theirs:  # some versions fill in only rank 0's
+                    raise self.bad(
+                        f"does not belong to the same run as {self.model[0].file.path.name}: {key} differs",
+                        archive.file.path,
+                    )
+        for rank, archive in enumerate(self.optim):
+            self._check_optimizer(rank, archive.file.path)
+
+    def _check_optimizer(self, rank: int, path: Path) -> None:
+        first, state = self.optimizer(0), self.optimizer(rank)
+        other = f"does not belong to the same run as {self.optim[0].file.path.name}"
+        counts = state.get("partition_count")
+        listed = counts if isinstance(counts, list) else [counts]
+        if any(count != self.world for count in listed if count is not None):
+            raise self.bad(f"states partition counts {counts}, the checkpoint has {self.world} ranks", path)
+        if _enum(state.get("zero_stage")) != _enum(first.get("zero_stage")):
+            raise self.bad(f"{other}: the ZeRO stage differs", path)
+        for archive, what in ((self.optim[0], "ds_version"), (self.optim[0], "ds_config")):
+            if _plain(self.optim[rank].value.get(what)) != _plain(archive.value.get(what)):
+                raise self.bad(f"{other}: {what} differs", path)
+        for group in state.get("ds_zero_partition_groups") or ():
+            if not isinstance(group, dict) or group.get("partition_count", self.world) != self.world:
+                raise self.bad("is partitioned differently per group, which is not supported", path)
+        mine, theirs = list(self._steps(rank)), list(self._steps(0))
+        if mine != theirs:
+            raise self.bad(f"{other}: optimizer steps {_brief(mine)} against {_brief(theirs)}", path)
+
+    def _steps(self, rank: int) -> Iterator[float | None]:
+        """The optimizer's step counters on one rank."""
+        state = self.optimizer(rank)
+        base = state.get("base_optimizer_state") or state.get("optimizer_state_dict")
+        entries = base.get("state") if isinstance(base, dict) else base
+        values = entries.values() if isinstance(entries, dict) else entries if isinstance(entries, list) else ()
+        for entry in values:
+            if isinstance(entry, dict) and "step" in entry:
+                yield self.optim[rank].scalar(entry["step"])
+
+
+def _listing(folder: Path) -> tuple[dict[int, str], dict[int, str], list[str]]:
+    model: dict[int, str] = {}
+    optim: dict[int, str] = {}
+    others: list[str] = []
+    for name in sorted(entry.name for entry in folder.iterdir()):
+        if match := _OPTIM.fullmatch(name):
+            found, rank, parallel = optim, int(match[1]), int(match[2])
+        elif match := _MODEL.fullmatch(name):
+            found, rank, parallel = model, int(match[1] or 0), int(match[2])
+        elif _OTHER_PARALLEL.fullmatch(name):
+            others.append(name)
+            continue
+        else:
+            continue
+        if parallel:
+            others.append(name)
+        elif rank in found:
+            raise CheckpointError(
+                f"has two shards of rank {rank}: {found[rank]} and {name}",
+                where=str(folder),
+                fix="keep the files of one run only",
+            )
+        else:
+            found[rank] = name
+    return model, optim, others
+
+
+def _open_shard(folder: Path, name: str) -> TorchArchive:
+    archive = open_archive(inside(folder, name))
+    if not isinstance(archive.value, dict):
+        raise CheckpointError("is no DeepSpeed shard", where=archive.where, fix="copy the file again")
+    return archive
+
+
+def _open_universal(folder: Path) -> dict[str, TorchArchive]:
+    """The masters of a universal checkpoint by name; empty if it is none."""
+    zero = folder / "zero"
+    if not zero.is_dir():
+        return {}
+    names = sorted(entry.name for entry in zero.iterdir() if (entry / "fp32.pt").is_file())
+    return {name: open_archive(inside(folder, f"zero/{name}/fp32.pt")) for name in names}
+
+
+def _stage(model: TorchArchive, optims: Sequence[TorchArchive]) -> int:
+    for archive in optims:
+        state = archive.value.get("optimizer_state_dict")
+        found = _enum(state.get("zero_stage")) if isinstance(state, dict) else None
+        if type(found) is int and found in (1, 2, 3):
+            return found
+        raise CheckpointError(f"states the ZeRO stage {found!r}", where=archive.where, fix="copy the file again")
+    config = model.value.get("ds_config")
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    stated = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    if stated in (1, 2, 3):
+        raise CheckpointError(
+            f"is a ZeRO-{stated} checkpoint without any optimizer shard, where its full-precision weights are",
+            where=str(model.file.path.parent),
+            fix="bring the *_optim_states.pt files back",
+        )
+    return 0
+
+
+# --- stages ---
+
+_Result = tuple[dict[str, Planned], dict[str, str]]
+
+
+def _stage_0(shards: _Shards, notes: list[str]) -> _Result:
+    """Everything is in `module`; a half-precision run keeps masters in lists without names, found by their rounding."""
+    archive = shards.model[0]
+    tensors = _module(shards)
+    optimizer = shards.state("optimizer")
+    groups = optimizer.get("fp32_groups") if isinstance(optimizer, dict) else None
+    if groups is None:
+        if isinstance(optimizer, dict) and "fp32_groups_flat" in optimizer:
+            notes.append(
+                "the full-precision masters of this fp16 run are stored without names or borders; the weights are the "
+                "half-precision ones of the module"
+            )
+        return tensors, {}
+    candidates = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if tensor.info.origin == MODULE and tensor.info.tied_to is None and tensor.info.dtype in ("BF16", "F16")
+    }
+    masters = [
+        archive.plan("", ref, MASTER)
+        for group in _groups(groups, shards)
+        for ref in _groups(group, shards)
+        if isinstance(ref, TensorRef)
+    ]
+    # A master belongs to the parameter that is its rounding. Parameters with the same bits (zero biases) are taken in
+    # the module's order, which is the order in which optimizers get them.
+    by_bits: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in candidates.items():
+        by_bits.setdefault((tensor.info.dtype, tensor.info.shape, _rounded(tensor, tensor.info.dtype)), []).append(name)
+    dtypes = sorted({tensor.info.dtype for tensor in candidates.values()})
+    for master in masters:
+        keys = [(dtype, master.info.shape, _rounded(master, dtype)) for dtype in dtypes]
+        key = next((key for key in keys if by_bits.get(key)), None)
+        if key is None:
+            raise shards.bad(
+                f"a master tensor of shape {master.info.shape} rounds to no parameter of the module: it mixes runs"
+            )
+        name = by_bits[key].pop(0)
+        tensors[name] = master.renamed(name)
+    for name, tensor in tensors.items():
+        if tensor.info.tied_to in candidates:
+            tensors[name] = tensors[tensor.info.tied_to].renamed(name, tied_to=tensor.info.tied_to)
+    return tensors, {}
+
+
+def _stage_1_or_2(shards: _Shards) -> _Result:
+    masters: dict[str, Planned] = {}
+    for group, shapes in enumerate(_shape_groups(shards)):
+        runs = _Runs()
+        per_rank = [_flat_groups(shards, rank, "single_partition_of_fp32_groups") for rank in range(shards.world)]
+        for rank, flats in enumerate(per_rank):
+            if group >= len(flats):
+                raise shards.bad(f"has {len(flats)} groups, the model states list more", shards.optim[rank].file.path)
+            runs.add(flats[group])
+        position = 0
+        paddings = shards.optimizer(0).get("param_alignment_paddings")
+        for index, (name, shape) in enumerate(shapes.items()):
+            count = elements(shape, where=str(shards.folder))
+            masters[name] = _planned(name, runs.dtype, shape, runs.cut(position, count, name, shards), MASTER)
+            position += count
+            if isinstance(paddings, list) and group < len(paddings) and isinstance(paddings[group], list):
+                position += _whole(paddings[group][index]) if index < len(paddings[group]) else 0
+        # Older versions keep the padding that makes the group divisible; it is less than what divides it.
+        if not 0 <= runs.total - position < 2 * shards.world:
+            raise shards.bad(
+                f"group {group} has {runs.total} master elements, its parameters need {position}: the shards are not "
+                "from this run"
+            )
+        _check_slices(shards, group, shapes, per_rank)
+    tensors = _module(shards)
+    not_held: dict[str, str] = {}
+    frozen = _frozen_whole(shards, not_held)
+    found = _complete(shards, tensors, masters, frozen)
+    _check_module(shards, tensors, masters)
+    return found, not_held
+
+
+def _stage_3(shards: _Shards) -> _Result:
+    ranks = []
+    for rank in range(shards.world):
+        runs = _Runs()
+        for flat in _flat_groups(shards, rank, "fp32_flat_groups"):
+            runs.add(flat)
+        ranks.append(runs)
+    masters: dict[str, Planned] = {}
+    position = 0
+    for shapes in _shape_groups(shards):
+        for name, shape in shapes.items():
+            count = elements(shape, where=str(shards.folder))
+            piece = -(-count // shards.world)
+            parts: list[Part] = []
+            for rank, runs in enumerate(ranks):
+                own = max(min(piece, count - rank * piece), 0)
+                parts += runs.cut(position, own, name, shards)
+            masters[name] = _planned(name, ranks[0].dtype, shape, tuple(parts), MASTER)
+            position += piece
+    for rank, runs in enumerate(ranks):
+        if runs.total != position:
+            raise shards.bad(
+                f"has {runs.total} master elements, the parameters need {position}: the shards are not from this run",
+                shards.optim[rank].file.path,
+            )
+    not_held: dict[str, str] = {}
+    return _complete(shards, _module(shards), masters, _frozen_pieces(shards, not_held)), not_held
+
+
+def _universal(shards: _Shards) -> _Result:
+    """Masters whole, one file each; frozen parameters and buffers in the copied model states."""
+    masters: dict[str, Planned] = {}
+    for shapes in _shape_groups(shards):
+        for name, shape in shapes.items():
+            archive = shards.universal.get(name)
+            if archive is None:
+                raise shards.bad(f"has no file zero/{name}/fp32.pt", fix="make the universal checkpoint again")
+            value = archive.value
+            ref = value.get("param") if isinstance(value, dict) else value
+            if not isinstance(ref, TensorRef):
+                raise shards.bad("holds no tensor", archive.file.path)
+            tensor = archive.plan(name, ref, MASTER)
+            if tensor.info.elements != elements(shape, where=archive.where):
+                raise shards.bad(f"has shape {tensor.info.shape} instead of {shape}", archive.file.path)
+            masters[name] = _planned(name, tensor.info.dtype, shape, tensor.parts, MASTER)
+    not_held: dict[str, str] = {}
+    frozen = _frozen_pieces(shards, not_held) if shards.stage == 3 else _frozen_whole(shards, not_held)
+    return _complete(shards, _module(shards), masters, frozen), not_held
+
+
+class _Runs:
+    """Flat tensors one after another, seen as one sequence of elements."""
+
+    def __init__(self) -> None:
+        self._runs: list[tuple[int, Linear]] = []
+        self.total = 0
+        self.dtype = "F32"
+
+    def add(self, flat: Planned) -> None:
+        for part in flat.parts:
+            if not isinstance(part, Linear):
+                raise CheckpointError(f"a flat group is not contiguous (shape {flat.info.shape})", fix="copy it again")
+            self._runs.append((self.total, part))
+            self.total += part.count
+        self.dtype = flat.info.dtype
+
+    def cut(self, start: int, count: int, name: str, shards: _Shards) -> tuple[Linear, ...]:
+        """Where elements [start, start + count) lie."""
+        if start + count > self.total:
+            raise shards.bad(f"parameter {name!r} needs master elements up to {start + count}, there are {self.total}")
+        parts = []
+        item = ITEM_BYTES[self.dtype]
+        for begin, run in self._runs:
+            low, high = max(start, begin), min(start + count, begin + run.count)
+            if low < high:
+                parts.append(Linear(run.region, run.offset + (low - begin) * item, high - low))
+        return tuple(parts)
+
+
+# --- parts of the states ---
+
+
+def _module(shards: _Shards) -> dict[str, Planned]:
+    module = shards.state("module")
+    if not isinstance(module, dict):
+        raise shards.bad("has no module", shards.model[0].file.path)
+    buffers = shards.state("buffer_names")
+    named = set(buffers) if isinstance(buffers, list) else set()
+    tensors = shards.model[0].plan_state_dict(module, MODULE)
+    return {name: t.renamed(name, origin=BUFFER) if name in named else t for name, t in tensors.items()}
+
+
+def _shape_groups(shards: _Shards) -> list[dict[str, tuple[int, ...]]]:
+    groups = shards.state("param_shapes")
+    if isinstance(groups, dict):
+        groups = [groups]
+    found = []
+    for group in _groups(groups, shards):
+        if not isinstance(group, dict) or not all(
+            isinstance(name, str) and isinstance(shape, tuple) for name, shape in group.items()
+        ):
+            raise shards.bad("states parameter shapes that are none", shards.model[0].file.path)
+        found.append(group)
+    return found
+
+
+def _groups(value: Any, shards: _Shards) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise shards.bad("states no parameter groups", shards.model[0].file.path)
+    return list(value)
+
+
+def _flat_groups(shards: _Shards, rank: int, key: str) -> list[Planned]:
+    archive = shards.optim[rank]
+    flats = shards.optimizer(rank).get(key)
+    if not isinstance(flats, list) or not all(isinstance(flat, TensorRef) for flat in flats):
+        raise shards.bad(f"has no {key}", archive.file.path)
+    return [archive.plan(f"{key}[{i}]", flat, MASTER) for i, flat in enumerate(flats)]
+
+
+def _frozen_shapes(shards: _Shards) -> dict[str, tuple[int, ...]]:
+    shapes = shards.state("frozen_param_shapes")
+    if shapes is None:
+        return {}
+    if not isinstance(shapes, dict) or not all(
+        isinstance(name, str) and isinstance(shape, tuple) for name, shape in shapes.items()
+    ):
+        raise shards.bad("states frozen shapes that are none", shards.model[0].file.path)
+    return shapes
+
+
+_NOT_SAVED: Final = "frozen, and left out when the checkpoint was saved (exclude_frozen_parameters)"
+
+
+def _frozen_whole(shards: _Shards, not_held: dict[str, str]) -> dict[str, Planned]:
+    """Frozen parameters under stage 2: whole tensors of rank 0."""
+    fragments = shards.state("frozen_param_fragments") or {}
+    found = {}
+    for name, shape in _frozen_shapes(shards).items():
+        ref = fragments.get(name) if isinstance(fragments, dict) else None
+        if not isinstance(ref, TensorRef):
+            not_held[name] = _NOT_SAVED
+            continue
+        tensor = shards.model[0].plan(name, ref, FROZEN)
+        if tensor.info.elements != elements(shape, where=str(shards.folder)):
+            raise shards.bad(f"frozen parameter {name!r} has shape {tensor.info.shape} instead of {shape}")
+        found[name] = _planned(name, tensor.info.dtype, shape, tensor.parts, FROZEN)
+    return found
+
+
+def _frozen_pieces(shards: _Shards, not_held: dict[str, str]) -> dict[str, Planned]:
+    """Frozen parameters under stage 3: every rank holds ceil(n / N) elements, the last ones padded."""
+    found = {}
+    for name, shape in _frozen_shapes(shards).items():
+        count = elements(shape, where=str(shards.folder))
+        piece = -(-count // shards.world)
+        parts: list[Part] = []
+        dtype = ""
+        for rank, archive in enumerate(shards.model):
+            fragments = archive.value.get("frozen_param_fragments") or {}
+            ref = fragments.get(name) if isinstance(fragments, dict) else None
+            if not isinstance(ref, TensorRef):
+                continue
+            part = archive.place(ref)
+            if not isinstance(part, Linear) or part.count < piece or dtype not in ("", ref.dtype):
+                raise shards.bad(f"the piece of frozen parameter {name!r} has shape {ref.shape}", archive.file.path)
+            dtype = ref.dtype
+            own = max(min(piece, count - rank * piece), 0)
+            parts.append(Linear(part.region, part.offset, own))
+        if len(parts) not in (0, shards.world):
+            raise shards.bad(f"{len(parts)} of {shards.world} ranks have a piece of frozen parameter {name!r}")
+        if parts:
+            found[name] = _planned(name, dtype, shape, tuple(parts), FROZEN)
+        else:
+            not_held[name] = _NOT_SAVED
+    return found
+
+
+def _complete(
+    shards: _Shards, module: dict[str, Planned], masters: dict[str, Planned], frozen: dict[str, Planned]
+) -> dict[str, Planned]:
+    """All tensors in the module's order: masters, frozen fragments, ties, buffers, and what only the module has."""
+    shared = shards.state("shared_params")
+    aliases = dict(shared) if isinstance(shared, dict) else {}
+    for name, tensor in module.items():
+        if tensor.info.tied_to is not None and tensor.info.elements:
+            aliases.setdefault(name, tensor.info.tied_to)
+    first = masters | frozen
+    found: dict[str, Planned] = {}
+    for name in [*module, *(n for n in (*first, *aliases) if n not in module)]:
+        if name in first:
+            found[name] = first[name]
+            continue
+        kept = aliases.get(name)
+        if kept is not None:
+            # Either name may be the one that was kept; the module's order decides which came first in it.
+            if kept in first or kept in module:
+                found[name] = (first.get(kept) or module[kept]).renamed(name, tied_to=kept)
+                continue
+            raise shards.bad(f"{name!r} is tied to {kept!r}, which is not there")
+        tensor = module[name]
+        if shards.stage == 3 and tensor.info.origin != BUFFER and tensor.info.shape == (0,):
+            raise shards.bad(f"parameter {name!r} is in the module but in no rank's shard")
+        kin = next((n for n, kept in aliases.items() if kept == name and n in first), None)
+        found[name] = first[kin].renamed(name, tied_to=kin) if kin is not None else tensor
+    return found
+
+
+def _check_slices(
+    shards: _Shards, group: int, shapes: Mapping[str, tuple[int, ...]], per_rank: Sequence[Sequence[Planned]]
+) -> None:
+    """Compare the cut with what every rank recorded about it (`param_slice_mappings`), where it did."""
+    paddings = shards.optimizer(0).get("param_alignment_paddings")
+    if isinstance(paddings, list) and any(any(group) for group in paddings if isinstance(group, list)):
+        return  # the recorded starts then follow another rule
+    size = per_rank[0][group].info.elements
+    for rank in range(shards.world):
+        mappings = shards.optimizer(rank).get("param_slice_mappings")
+        if not isinstance(mappings, list) or group >= len(mappings) or not isinstance(mappings[group], dict):
+            continue
+        expected = {}
+        position = 0
+        low, high = rank * size, (rank + 1) * size
+        for name, shape in shapes.items():
+            count = elements(shape, where=str(shards.folder))
+            start, stop = max(position, low), min(position + count, high)
+            if start < stop:
+                expected[name] = (start - low, stop - start)
+            position += count
+        stated = {
+            name: (address.get("start"), address.get("numel"))
+            for name, address in mappings[group].items()
+            if isinstance(address, Inert)
+        }
+        if stated != expected:
+            wrong = sorted(name for name in stated.keys() | expected.keys() if stated.get(name) != expected.get(name))
+            raise shards.bad(
+                f"records another cut of group {group} than the parameter shapes give, first at {wrong[0]!r}",
+                shards.optim[rank].file.path,
+            )
+
+
+_PROBE: Final = 256
+
+
+def _check_module(shards: _Shards, module: Mapping[str, Planned], masters: Mapping[str, Planned]) -> None:
+    """The module holds the roundings of the masters: the first elements of each tensor show shards of another run."""
+    for name, master in masters.items():
+        twin = module.get(name)
+        if twin is None or twin.info.dtype not in ("F32", "BF16", "F16") or master.info.dtype != "F32":
+            continue
+        if twin.info.shape != master.info.shape:
+            raise shards.bad(
+                f"parameter {name!r} has shape {twin.info.shape} in the module, {master.info.shape} in the shards"
+            )
+        if _rounded(master, twin.info.dtype, _PROBE) != _rounded(twin, twin.info.dtype, _PROBE):
+            for region in (*regions(master), *regions(twin)):
+                region.check()  # a flipped byte is the likelier cause, and names the record
+            raise shards.bad(
+                f"the master weights of {name!r} do not round to the module's values: model states and optimizer "
+                "shards come from different runs or steps"
+            )
+
+
+def _rounded(tensor: Planned, dtype: str, limit: int | None = None) -> object:
+    """The tensor's bits in `dtype`, as a value to compare: a digest, or the first `limit` elements themselves."""
+    import numpy as np
+    from blake3 import blake3
+
+    from thawline.ckpt.formats.casting import cast
+
+    hasher = blake3()
+    taken = 0
+    for chunk in chunks(tensor, 4 * limit if limit else 1 << 20):
+        rounded = np.frombuffer(cast(chunk, tensor.info.dtype, dtype), dtype=np.uint8)
+        count = len(rounded) // ITEM_BYTES[dtype]
+        if limit is not None:
+            rounded = rounded[: (limit - taken) * ITEM_BYTES[dtype]]
+        hasher.update(rounded.tobytes())
+        taken += count
+        if limit is not None and taken >= limit:
+            break
+    return hasher.digest()
+
+
+def _planned(name: str, dtype: str, shape: tuple[int, ...], parts: tuple[Part, ...], origin: str) -> Planned:
+    return Planned(info=TensorInfo(name=name, dtype=dtype, shape=tuple(shape), origin=origin), parts=parts)
+
+
+def _enum(value: Any) -> Any:
+    return value.args[0] if isinstance(value, Inert) and value.args else value
+
+
+def _plain(value: Any) -> Any:
+    """A value that compares by content: inert objects compare by identity."""
+    if isinstance(value, Inert):
+        return str(value.name), _plain(list(value.args)), _plain(value.state)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _whole(value: Any) -> int:
+    return value if type(value) is int and value >= 0 else 0
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"ranks {', '.join(map(str, ranks))}" if ranks else "none"
+
+
+def _missing(wanted: Sequence[int], have: Sequence[int]) -> str:
+    missing = sorted(set(wanted) - set(have))
+    return f"; rank {', '.join(map(str, missing))} is missing" if missing else ""
+
+
+def _brief(steps: Sequence[float | None]) -> str:
+    return ", ".join(sorted({"unknown" if step is None else f"{step:g}" for step in steps})) or "none"

@@ -1,0 +1,362 @@
+"""Any checkpoint as a source of named tensors: what it holds, where each tensor came from, and its bytes.
+
+`open_source` finds out what a path is by looking at it, never by its name alone, and asks the format for a plan; after
+that a source only reads. Torch is not imported, nothing is unpickled beyond a fixed list, every checksum is compared
+before bytes are handed out, and memory stays small whatever the size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from blake3 import blake3
+
+from thawline.ckpt.formats import dcp, huggingface, safetensors_file, thawline_run, torch_pt, wenet, whisper_names, zero
+from thawline.ckpt.formats.pieces import CHUNK_BYTES, Plan, Planned, TensorInfo, chunks, read, regions
+from thawline.core.digest import fingerprint
+from thawline.errors import BaseMismatch, CheckpointError
+
+__all__ = ["Source", "TensorInfo", "digest", "open_source"]
+
+BASE: Final = "base"
+_SHOWN: Final = 5
+
+
+class Source:
+    """An opened checkpoint.
+
+    path, format: what was opened, and what it was found to be, in words
+    infos:    its tensors, in its own order; an info says where the values come from
+    notes:    what a reader should know, one sentence each
+    not_held: names that it mentions and cannot give, with the reason
+    sidecars: files that travel with the weights: name at the target -> path
+    config:   the model's configuration, if one lies beside the weights
+    """
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self.path = path
+        self.plan = plan
+        self.format = plan.format
+        self.notes = plan.notes
+        self.not_held = plan.not_held
+        self.sidecars = plan.sidecars
+        self.config = plan.config
+
+    @property
+    def infos(self) -> tuple[TensorInfo, ...]:
+        return tuple(tensor.info for tensor in self.plan.tensors.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.plan.tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.plan.tensors
+
+    def __len__(self) -> int:
+        return len(self.plan.tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        """What is known of a tensor. Raises CheckpointError if the source does not hold it."""
+        return self._planned(name).info
+
+    def read(self, name: str) -> memoryview:
+        """All bytes of a tensor, row major, little endian, verified against the format's checksum where it has one.
+
+        Read-only and not copied where the tensor is contiguous in its file; valid as long as it is kept.
+        """
+        return read(self._planned(name))
+
+    def chunks(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
+        """The same bytes a piece at a time; a piece is valid until the next one is asked for."""
+        tensor = self._planned(name)
+        for region in regions(tensor):
+            region.check()
+        return chunks(tensor, chunk_bytes)
+
+    def digest(self, name: str) -> str:
+        """Digest of a tensor, as `core.digest.digest_bytes` gives it."""
+        tensor = self._planned(name)
+        return digest(tensor.info.dtype, tensor.info.shape, self.chunks(name))
+
+    def fingerprint(self) -> str:
+        """Fingerprint over all tensors: which model this is."""
+        return fingerprint({name: self.digest(name) for name in self.names})
+
+    def close(self) -> None:
+        """Let go of the files; bytes already handed out stay valid."""
+        for file in self.plan.files:
+            file.close()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _planned(self, name: str) -> Planned:
+        tensor = self.plan.tensors.get(name)
+        if tensor is None:
+            why = self.not_held.get(name)
+            raise CheckpointError(
+                f"does not hold tensor {name!r}" + (f": {why}" if why else ""),
+                where=str(self.path),
+                fix="give the base (--base)" if why else "see which names it has: thawline verify",
+            )
+        return tensor
+
+
+def open_source(
+    path: Path | str,
+    *,
+    tag: str | None = None,
+    only: str = "weights",
+    base: Path | str | None = None,
+    key: str | None = None,
+) -> Source:
+    """Open any checkpoint file or folder.
+
+    tag:  which checkpoint of a folder that has several (DeepSpeed tag, WeNet `epoch_3`, `step-00001200`)
+    only: "weights", or "ema" for the averaged copy that some files hold beside them
+    base: what gives the tensors that the checkpoint itself leaves out; for our deltas it is checked by digest
+    key:  first key of the weights in a distributed checkpoint, if it is none of the usual ones
+
+    Raises CheckpointError naming the file and the cause, BaseMismatch if the base is another one.
+    """
+    path = Path(path)
+    if only not in ("weights", "ema"):
+        raise CheckpointError(f"{only!r} cannot be asked for", where=str(path), fix="ask for 'weights' or 'ema'")
+    if not path.exists():
+        near = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
+        raise CheckpointError(
+            "does not exist", where=str(path), fix=f"beside it are: {', '.join(near)}" if near else "check the path"
+        )
+    try:
+        return _open(path, tag, only, Path(base) if base is not None else None, key)
+    except OSError as exc:
+        raise CheckpointError(f"cannot be read: {exc.strerror or exc}", where=str(exc.filename or path)) from exc
+    except (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as exc:
+        # Metadata are of any kind that a pickle or JSON can spell; formats check what they build on, and a value of
+        # another kind anywhere else means damage too.
+        raise CheckpointError(
+            f"its metadata are damaged: {type(exc).__name__}: {exc}", where=str(path), fix="copy it again"
+        ) from exc
+
+
+def digest(dtype: str, shape: tuple[int, ...], data: Iterator[memoryview]) -> str:
+    """Digest of a tensor given a piece at a time; equals `core.digest.digest_bytes` of the whole."""
+    hasher = blake3(f"{dtype}[{','.join(map(str, shape))}]".encode() + b"\0")
+    for piece in data:
+        hasher.update(piece)
+    return str(hasher.hexdigest())
+
+
+def _open(path: Path, tag: str | None, only: str, base: Path | None, key: str | None) -> Source:
+    notes: tuple[str, ...] = ()
+    if thawline_run.is_run(path):
+        model = path / "model"
+        if tag is None and base is None and model.is_dir():
+            return _with_notes(_open(model, None, only, None, None), (f"a run: its result {model} is meant",))
+        if tag is not None:
+            path = path / "checkpoints" / Path(tag).name
+        else:
+            path, notes = thawline_run.newest_checkpoint(path)
+    if thawline_run.is_checkpoint(path):
+        delta = thawline_run.read_delta(thawline_run.checked(path))
+        return _with_notes(_delta(path, delta, base, required=True), notes)
+    if thawline_run.is_delta(path):
+        return _delta(path, thawline_run.read_delta(path), base, required=False)
+    plan = _plan(path, tag, only, key)
+    if only == "ema" and not plan.format.startswith("averaged"):
+        raise CheckpointError(
+            f"is {plan.format}, which keeps no averaged weights that are known",
+            where=str(path),
+            fix="convert the weights themselves",
+        )
+    if base is None:
+        return Source(path, plan)
+    with_base = _over(path, plan, _open(base, None, "weights", None, None))
+    return Source(path, with_base)
+
+
+def _plan(path: Path, tag: str | None, only: str, key: str | None) -> Plan:
+    if path.is_file():
+        if torch_pt.looks_like(path):
+            return torch_pt.plan(path, only=only)
+        if safetensors_file.looks_like(path):
+            return safetensors_file.plan(path)
+        raise CheckpointError(
+            "is no checkpoint file that is known: neither torch's nor safetensors",
+            where=str(path),
+            fix="if it was cut short or is a pointer of git-lfs, fetch it again",
+        )
+    if dcp.looks_like(path):
+        return dcp.plan(path, key=key)
+    if zero.looks_like(path):
+        return zero.plan(path, tag=tag)
+    if huggingface.looks_like(path):
+        return huggingface.plan(path)
+    if wenet.looks_like(path):
+        weights = wenet.weights_file(path, tag)
+        inner = _plan(weights, None, only, None)
+        return replace(inner, format=f"wenet ({weights.name})", sidecars=wenet.sidecars(path, weights))
+    single = [p for p in sorted(path.iterdir()) if p.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors")]
+    if len(single) == 1 and single[0].is_file():
+        return _plan(single[0], None, only, None)
+    listed = ", ".join(p.name for p in sorted(path.iterdir())[:8]) or "nothing"
+    raise CheckpointError(
+        "is no checkpoint folder that is known: looked for .metadata (torch distributed, FSDP2, accelerate, "
+        "Lightning), latest or *_model_states.pt (DeepSpeed), model.safetensors, pytorch_model.bin or "
+        "their index (Hugging Face), train.yaml with .pt files (WeNet), MANIFEST.json (Thawline), one weights file",
+        where=str(path),
+        fix=f"it holds: {listed}; give the file or folder itself",
+    )
+
+
+def _with_notes(source: Source, notes: tuple[str, ...]) -> Source:
+    return Source(source.path, replace(source.plan, notes=(*notes, *source.plan.notes)))
+
+
+def _over(path: Path, plan: Plan, base: Source) -> Plan:
+    """The checkpoint's tensors over those of a base, in the base's order, new names last."""
+    if plan.format.startswith("peft"):
+        raise CheckpointError(
+            "is a LoRA adapter, which has to be merged with arithmetic",
+            where=str(path),
+            fix="merge it with the model loaded: thawline export, or peft's merge_and_unload",
+        )
+    shared = [name for name in plan.tensors if name in base]
+    if not shared:
+        raise BaseMismatch(
+            f"shares no tensor name with the base {base.path}: first names {next(iter(plan.tensors))!r} "
+            f"and {base.names[0]!r}",
+            where=str(path),
+            fix="give the base it was trained from, or a table of names (--rename)",
+        )
+    wrong = [name for name in shared if plan.tensors[name].info.shape != base.info(name).shape]
+    if wrong:
+        name = wrong[0]
+        raise BaseMismatch(
+            f"{len(wrong)} tensors have another shape in the base {base.path}: {name!r} is "
+            f"{plan.tensors[name].info.shape}, there {base.info(name).shape}",
+            where=str(path),
+            fix="give the base it was trained from",
+        )
+    tensors = {
+        name: plan.tensors[name] if name in plan.tensors else planned.renamed(name, origin=BASE)
+        for name, planned in base.plan.tensors.items()
+    }
+    new = [name for name in plan.tensors if name not in base]
+    tensors |= {name: plan.tensors[name] for name in new}
+    notes = [f"{len(tensors) - len(plan.tensors)} tensors were taken from the base {base.path}"]
+    if new:
+        notes.append(f"{len(new)} tensors are not in the base: {_first(new)}")
+    return replace(
+        plan,
+        tensors=tensors,
+        files=(*plan.files, *base.plan.files),
+        notes=(*plan.notes, *notes),
+        not_held={name: why for name, why in plan.not_held.items() if name not in tensors},
+        sidecars={**base.sidecars, **plan.sidecars},
+        config=plan.config or base.config,
+    )
+
+
+# --- our own deltas ---
+
+
+def _delta(path: Path, delta: thawline_run.DeltaPlan, base: Path | None, *, required: bool) -> Source:
+    """A delta over its base, every tensor of the base checked by digest; or, where allowed, the delta alone."""
+    if base is None:
+        recorded = Path(delta.base_path) if delta.base_path else None
+        if not required or recorded is None or not recorded.exists():
+            if not required:
+                return Source(path, thawline_run.plan_alone(delta))
+            raise CheckpointError(
+                f"is a delta over a base that is not given; it was {delta.base_path or 'not recorded'} "
+                f"(fingerprint {delta.fingerprint[:16]})",
+                where=str(path),
+                fix="give the base (--base)",
+            )
+        base = recorded
+    under = _open(base, None, "weights", None, None)
+    tensors = _base_tensors(path, delta, under)
+    for copy, origin in delta.copied.items():
+        tensors[copy] = tensors[origin].renamed(copy)
+    for name in delta.removed:
+        tensors.pop(name, None)
+    tensors.update(delta.tensors)
+    plan = Plan(
+        format="thawline delta over its base",
+        tensors=tensors,
+        files=(delta.file, *under.plan.files),
+        notes=(f"{len(tensors) - len(delta.tensors)} tensors were taken from the base {base}",),
+        sidecars=under.sidecars,
+        config=under.config,
+    )
+    return Source(path, plan)
+
+
+def _base_tensors(path: Path, delta: thawline_run.DeltaPlan, base: Source) -> dict[str, Planned]:
+    """The base's tensors as the delta knows them. Raises BaseMismatch naming both and what differs.
+
+    A base may be kept in another element type or another spelling than the model was trained in; every tensor is taken
+    as it is or widened, whichever has the recorded digest.
+    """
+    have = dict(base.plan.tensors)
+    if not set(delta.base) <= set(have):
+        have |= _respelt(delta, have)
+    found: dict[str, Planned] = {}
+    digests: dict[str, str] = {}
+    differing: list[str] = []
+    for name, wanted in delta.base.items():
+        tensor = have.get(name)
+        if tensor is None:
+            continue
+        for region in regions(tensor):
+            region.check()
+        digests[name] = _digest(tensor)
+        wide = replace(tensor, info=replace(tensor.info, dtype="F32"), stored=tensor.info.dtype)
+        if digests[name] == wanted:
+            found[name] = tensor.renamed(name, origin=BASE)
+        elif tensor.info.dtype in ("F16", "BF16") and _digest(wide) == wanted:
+            found[name] = wide.renamed(name, origin=BASE)
+        else:
+            differing.append(name)
+    missing = sorted(set(delta.base) - set(have))
+    if differing or missing:
+        lines = [
+            "belongs to another base",
+            f"  made over: {delta.fingerprint}" + (f" ({delta.base_path})" if delta.base_path else ""),
+            f"  given:     {fingerprint(digests)} ({base.path})",
+        ]
+        if differing:
+            lines.append(f"  {len(differing)} of {len(delta.base)} tensors differ, first: {_first(differing)}")
+        if missing:
+            lines.append(f"  {len(missing)} of {len(delta.base)} tensors are missing, first: {_first(missing)}")
+        recorded = f", recorded as {delta.base_path}" if delta.base_path else ""
+        raise BaseMismatch("\n".join(lines), where=str(path), fix=f"give the base it was made from{recorded} (--base)")
+    return found
+
+
+def _digest(tensor: Planned) -> str:
+    return digest(tensor.info.dtype, tensor.info.shape, chunks(tensor))
+
+
+def _respelt(delta: thawline_run.DeltaPlan, have: Mapping[str, Planned]) -> dict[str, Planned]:
+    """The base's tensors under the names that the delta uses, where both are a Whisper in different spellings."""
+    mine, theirs = whisper_names.spelling(delta.base), whisper_names.spelling(have)
+    if mine is None or theirs is None or mine == theirs:
+        return {}
+    return dict(whisper_names.respell(have, theirs, mine))
+
+
+def _first(names: Iterable[str]) -> str:
+    ordered = list(names)
+    return ", ".join(map(repr, ordered[:_SHOWN])) + (", ..." if len(ordered) > _SHOWN else "")

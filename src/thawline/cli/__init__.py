@@ -1,0 +1,13 @@
+"""Words become calls: every verb is a few lines that parse, call the rooms below and print. No logic of its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program `thawline`. Ends the process with the exit code of `thawline.errors`."""
+    from thawline.cli.app import run
+
+    sys.exit(run(sys.argv[1:] if argv is None else argv))

@@ -1,0 +1,99 @@
+"""The program: its verbs, loaded when they are called, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from thawline.cli.output import print_error
+from thawline.errors import ThawlineError
+
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": ("thawline.cli.demo:demo", "Run the whole job on speech made on the spot; every line is an assertion."),
+    "init": ("thawline.cli.init:init", "Write a commented recipe for a model and your data."),
+    "plan": ("thawline.cli.plan:plan", "Show what a recipe would train, without training."),
+    "train": ("thawline.cli.train:train", "Train a recipe; the same command goes on with a begun run."),
+    "resume": ("thawline.cli.train:resume", "Go on with a run from its newest whole checkpoint."),
+    "audit": ("thawline.cli.audit:audit", "Prove from the files that only what the plan names changed."),
+    "evaluate": ("thawline.cli.evaluate:evaluate", "Score a model on data."),
+    "transcribe": ("thawline.cli.transcribe:transcribe", "Turn recordings into text."),
+    "convert": ("thawline.cli.convert:convert", "Turn any checkpoint into one verified file."),
+    "verify": ("thawline.cli.convert:verify", "Check any checkpoint for damage."),
+    "diff": ("thawline.cli.diff:diff", "Which tensors differ between two models or checkpoints, and how much."),
+    "data": ("thawline.cli.data:data", "Check a data set before training on it."),
+    "env": ("thawline.cli.env:env", "What is installed and works here."),
+}
+"""Verb -> (module:command, one line of help). Kept as plain words so that `--help` imports nothing."""
+
+
+class Verbs(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        module, _, attribute = VERBS[name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in VERBS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], VERBS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(name, line) for name, (_, line) in VERBS.items()])
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("--traceback", is_flag=True, help="Show where in the code an error arose.")
+@click.version_option(package_name="thawline")
+def app(traceback: bool) -> None:
+    """Fine-tuning as a contract: only what the plan names changes, a stopped run goes on bit for bit, and what was
+    saved loads whole or not at all.
+
+    Exit codes: 0 done, 2 recipe or usage, 3 data, 4 checkpoint or base does not fit, 5 a law was broken, 75 stopped
+    early with a whole checkpoint.
+    """
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the program; returns the exit code. Errors of ours are one message and no traceback."""
+    wants_json = "--json" in argv
+    try:
+        code = app.main(args=list(argv), prog_name="thawline", standalone_mode=False)
+    except ThawlineError as exc:
+        if "--traceback" in argv:
+            raise
+        print_error(str(exc), exc.exit_code, as_json=wants_json, what=exc.what, where=exc.where, fix=exc.fix)
+        return exc.exit_code
+    except click.ClickException as exc:
+        usage = exc.ctx.get_usage() + "\n" if isinstance(exc, click.UsageError) and exc.ctx is not None else ""
+        print_error(usage + exc.format_message(), 2, as_json=wants_json, what=exc.format_message())
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        print_error("interrupted", 130, as_json=wants_json, what="interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code if isinstance(code, int) else 0
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--json` on a verb: one JSON object on standard output, people's text on standard error."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")(command)

@@ -1,0 +1,342 @@
+"""Whisper as Hugging Face spells it, with the surface of this project's recognisers: encode, loss_sums, decode.
+
+The network is transformers' own; parameter names are those of a Hugging Face directory (`model.encoder...`,
+`proj_out`). `Whisper` is made when first asked for, so that importing this module needs no transformers, and yet models
+can be copied and pickled by name.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thawline.core.extras import need
+from thawline.errors import DataError, RecipeError
+from thawline.models.decode.hypothesis import Hypothesis
+from thawline.models.decode.options import near
+from thawline.models.wenet.loss import Losses, LossSums, Term, correct, smoothed_divergence_sum
+from thawline.models.wenet.targets import IGNORE, TeacherForcing, teacher_forcing
+from thawline.models.whisper_names import LANGUAGES
+
+
+class WhisperSurface:
+    """What is added to transformers' WhisperForConditionalGeneration."""
+
+    config: Any
+    generation_config: Any
+    model: Any
+    proj_out: nn.Module
+    default_mode = "attention"
+    label_smoothing: float = 0.0
+    """Of the training loss; set it on the instance."""
+
+    # --- encoder -----------------------------------------------------------------------------------------------------
+
+    def encode(
+        self, feats: Tensor, feats_lengths: Tensor, *, chunk_size: int = -1, left_chunks: int = -1
+    ) -> tuple[Tensor, Tensor]:
+        """feats (B, T, bins) log-mel, T up to 3000, feats_lengths (B,) -> (out (B, 1500, size), lengths (B,)).
+
+        The encoder always sees 30 s and the decoder attends to all 1500 frames, as in training; lengths count the
+        frames of the utterance itself. Raises DataError past 30 s.
+        """
+        if chunk_size != -1 or left_chunks != -1:
+            raise RecipeError(
+                f"a chunk size of {chunk_size} was asked for, but Whisper knows full context only",
+                where="chunk_size",
+                fix="leave it out",
+            )
+        out = self.model.encoder(self._window(feats, feats_lengths)).last_hidden_state
+        return out, (feats_lengths + 1) // 2
+
+    def _window(self, feats: Tensor, feats_lengths: Tensor) -> Tensor:
+        """(B, T, bins) -> (B, bins, 3000): frames past a length become the log-mel of silence."""
+        window = 2 * int(self.config.max_source_positions)
+        if feats.size(1) > window:
+            if int(feats_lengths.max()) > window:
+                raise DataError(
+                    f"{int(feats_lengths.max())} frames, but Whisper's window is {window} (30 s)",
+                    fix="cut the audio into windows of at most 30 s",
+                )
+            feats = feats[:, :window]
+        valid = torch.arange(window, device=feats.device) < feats_lengths.unsqueeze(1)
+        if feats.size(1) < window:
+            feats = nn.functional.pad(feats, (0, 0, 0, window - feats.size(1)))
+        if not bool(valid.all()):
+            # Whisper's features are max(log10 power, peak - 8) / 4 + 1; silence is 1e-10 before that.
+            peak = feats.masked_fill(~valid.unsqueeze(2), -torch.inf).amax((1, 2), keepdim=True)
+            silence = (peak - 2.0).clamp(min=-1.5)
+            feats = torch.where(valid.unsqueeze(2), feats, silence)
+        return feats.transpose(1, 2).to(next(iter(self.model.encoder.parameters())).dtype)
+
+    # --- teacher forcing and losses ----------------------------------------------------------------------------------
+
+    @property
+    def is_multilingual(self) -> bool:
+        """English-only models have neither language nor task tokens."""
+        return bool(getattr(self.generation_config, "is_multilingual", False))
+
+    def prompt(
+        self,
+        batch: int,
+        device: torch.device,
+        languages: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
+    ) -> Tensor:
+        """What every transcript without timestamps begins with: (B, 4), or (B, 2) for English-only models.
+
+        Raises DataError for a language or task that this model does not know. Default: English, transcribe.
+        """
+        generation = self.generation_config
+        start, plain = generation.decoder_start_token_id, generation.no_timestamps_token_id
+        if not self.is_multilingual:
+            return torch.tensor([[start, plain]], device=device).expand(batch, -1)
+        rows = []
+        for language, task in zip(
+            languages if languages is not None else ["en"] * batch,
+            tasks if tasks is not None else ["transcribe"] * batch,
+            strict=True,
+        ):
+            token = f"<|{language}|>"
+            if token not in generation.lang_to_id:
+                raise DataError(f"unknown language {language!r}", fix=near(language, list(LANGUAGES)))
+            if task not in generation.task_to_id:
+                raise DataError(f"unknown task {task!r}", fix=near(task, list(generation.task_to_id)))
+            rows.append([start, generation.lang_to_id[token], generation.task_to_id[task], plain])
+        return torch.tensor(rows, dtype=torch.long, device=device)
+
+    def teacher_forcing(
+        self,
+        target: Tensor,
+        target_lengths: Tensor,
+        languages: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
+    ) -> TeacherForcing:
+        """target (B, L) text tokens -> prompt + text in, text + end out; the prompt itself is not scored."""
+        prompt = self.prompt(target.size(0), target.device, languages, tasks)
+        read = teacher_forcing(prompt, target, target_lengths, eos=int(self.generation_config.eos_token_id))
+        outputs = read.outputs.clone()
+        outputs[:, : prompt.size(1) - 1] = IGNORE
+        if read.inputs.size(1) > self.config.max_target_positions:
+            raise DataError(
+                f"{read.inputs.size(1)} tokens with the prompt, but Whisper's decoder has "
+                f"{self.config.max_target_positions} positions",
+                fix="shorten the texts (token_max_length)",
+            )
+        return TeacherForcing(read.inputs, outputs, read.lengths)
+
+    def loss_weights(self, target_lengths: Tensor) -> dict[str, float]:
+        """What normalises this batch's loss, known before computing it; tokens include each end of text."""
+        count = int(target_lengths.numel())
+        return {"utterances": float(count), "tokens": float(int(target_lengths.sum()) + count)}
+
+    def loss_sums(
+        self,
+        feats: Tensor,
+        feats_lengths: Tensor,
+        target: Tensor,
+        target_lengths: Tensor,
+        *,
+        languages: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
+        chunk_size: int | None = None,
+    ) -> LossSums:
+        """Un-normalised cross entropy of one micro-batch: target (B, L) text tokens padded with -1.
+
+        SpecAugment inside the model follows config.json's `apply_spec_augment` (off by default) and draws from numpy's
+        global generator.
+        """
+        if chunk_size is not None and chunk_size > 0:
+            raise RecipeError("Whisper knows full context only", where="chunk_size", fix="leave it out")
+        read = self.teacher_forcing(target, target_lengths, languages, tasks)
+        hidden = self.model(
+            self._window(feats, feats_lengths), decoder_input_ids=read.inputs, use_cache=False
+        ).last_hidden_state
+        logits = self.proj_out(hidden)
+        total = smoothed_divergence_sum(logits, read.outputs, self.label_smoothing)
+        weights = self.loss_weights(target_lengths)
+        count = torch.tensor(weights["tokens"], device=logits.device)
+        return LossSums(
+            terms={"attention": Term(sum=total, per="tokens")},
+            weights=weights,
+            metrics={
+                "attention": (total.detach(), count),
+                "accuracy": correct(logits, read.outputs),
+            },
+        )
+
+    def loss(
+        self,
+        feats: Tensor,
+        feats_lengths: Tensor,
+        target: Tensor,
+        target_lengths: Tensor,
+        *,
+        languages: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
+        chunk_size: int | None = None,
+    ) -> Losses:
+        """The mean cross entropy per token of one batch (and the same as `.attention`; there is no `.ctc`)."""
+        sums = self.loss_sums(
+            feats,
+            feats_lengths,
+            target,
+            target_lengths,
+            languages=languages,
+            tasks=tasks,
+            chunk_size=chunk_size,
+        )
+        total = sums.total()
+        hits, count = sums.metrics["accuracy"]
+        return Losses(total=total, ctc=None, attention=total, accuracy=hits / count)
+
+    # --- decoding ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def decode(
+        self,
+        feats: Tensor,
+        feats_lengths: Tensor,
+        *,
+        mode: str = "attention",
+        beam: int = 1,
+        languages: Sequence[str] | None = None,
+        tasks: Sequence[str] | None = None,
+        prompt_tokens: Tensor | None = None,
+        timestamps: bool = False,
+        max_tokens: int | None = None,
+        length_penalty: float = 1.0,
+        **unknown: Any,
+    ) -> list[Hypothesis]:
+        """feats (B, T, bins) of at most 30 s -> one hypothesis per utterance, through transformers' `generate`.
+
+        beam 1 is greedy. languages None: each is detected; tasks: one for the whole batch. prompt_tokens: text that
+        came before, as tokens. With timestamps the tokens contain Whisper's time tokens. score: ln probability of the
+        tokens and the end under the model itself, before tokens are suppressed. Suppressed tokens are those of
+        generation_config.json.
+        """
+        known = ["mode", "beam", "languages", "tasks", "prompt_tokens", "timestamps", "max_tokens", "length_penalty"]
+        for name in unknown:
+            raise RecipeError(f"unknown decoding option {name!r}", where="decode", fix=near(name, known))
+        if mode != "attention":
+            raise RecipeError(
+                f"Whisper is decoded by its decoder alone, not by {mode!r}", where="mode", fix="use attention"
+            )
+        if beam < 1:
+            raise RecipeError(f"a beam of {beam} keeps nothing", where="beam", fix="use 1 or more")
+        settings: dict[str, Any] = {"num_beams": beam, "return_timestamps": timestamps}
+        if self.is_multilingual:
+            self.prompt(feats.size(0), feats.device, languages, tasks)  # refuses unknown names
+            kinds = set(tasks or ("transcribe",))
+            if len(kinds) > 1:
+                raise RecipeError(
+                    f"one task per batch, not {', '.join(sorted(kinds))}", where="tasks", fix="split the batch"
+                )
+            settings |= {"task": kinds.pop(), "language": None if languages is None else list(languages)}
+        if prompt_tokens is not None:
+            settings["prompt_ids"] = prompt_tokens
+        if max_tokens is not None:
+            settings["max_new_tokens"] = max_tokens
+        if beam > 1:
+            # Stop once `beam` hypotheses have ended, as OpenAI does; the default goes on to 448 tokens for one that
+            # never ends.
+            settings |= {
+                "length_penalty": length_penalty,
+                "early_stopping": True,
+            }
+        window = self._window(feats, feats_lengths)
+        network: Any = self
+        was_training = bool(network.training)
+        network.eval()
+        try:
+            ids = network.generate(
+                window,
+                attention_mask=torch.ones(window.size(0), window.size(2), dtype=torch.long, device=window.device),
+                force_unique_generate_call=True,
+                **settings,
+            )
+        finally:
+            network.train(was_training)
+        return self._hypotheses(window, ids)
+
+    def _hypotheses(self, window: Tensor, ids: Tensor) -> list[Hypothesis]:
+        """ids (B, prompt + text + padding) -> scored hypotheses."""
+        generation = self.generation_config
+        end, start = int(generation.eos_token_id), int(generation.decoder_start_token_id)
+        first_time = int(generation.no_timestamps_token_id) + 1
+        memory = self.model.encoder(window).last_hidden_state
+        hidden = self.model.decoder(
+            input_ids=ids[:, :-1].clamp(max=self.config.vocab_size - 1),
+            encoder_hidden_states=memory,
+            use_cache=False,
+        ).last_hidden_state
+        logp = self.proj_out(hidden).float().log_softmax(-1)
+        chosen = logp.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1).double().cpu()
+        out: list[Hypothesis] = []
+        for row, values in zip(ids.tolist(), chosen, strict=True):
+            # Special tokens lie above the end of text, time tokens above "no timestamps". The last start opens the
+            # prompt.
+            begin = len(row) - 1 - row[::-1].index(start) if start in row else 0
+            while begin < len(row) and end < row[begin] < first_time:
+                begin += 1
+            stop = row.index(end, begin) if end in row[begin:] else len(row)
+            tokens = tuple(row[begin:stop])
+            score = float(values[max(begin - 1, 0) : min(stop, len(row) - 1)].sum())
+            out.append(
+                Hypothesis(
+                    tokens=tokens,
+                    score=score,
+                    nbest=(tokens,),
+                    nbest_scores=(score,),
+                    confidence=float(torch.tensor(score / (len(tokens) + 1)).exp()),
+                    tokens_confidence=tuple(values[max(begin - 1, 0) : stop - 1].exp().tolist()),
+                )
+            )
+        return out
+
+
+@functools.cache
+def _whisper_class() -> type[nn.Module]:
+    network = need("transformers", extra="hf").WhisperForConditionalGeneration
+    body = {
+        "__module__": __name__,
+        "__qualname__": "Whisper",
+        "__doc__": "transformers' WhisperForConditionalGeneration with this project's surface.",
+    }
+    made: type[nn.Module] = type("Whisper", (WhisperSurface, network), body)
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    """`Whisper`, made on first use (PEP 562)."""
+    if name == "Whisper":
+        return _whisper_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def build(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> nn.Module:
+    """The network of a config.json (and generation_config.json) as plain data, with fresh weights; its class is
+    `Whisper`.
+
+    Raises RecipeError where the config is another model's.
+    """
+    if config.get("model_type") != "whisper":
+        raise RecipeError(
+            f"model_type {config.get('model_type')!r} is not whisper",
+            where="config.json: model_type",
+            fix="give a Whisper directory",
+        )
+    transformers = need("transformers", extra="hf")
+    settings = transformers.WhisperConfig.from_dict(dict(config))
+    network: Any = _whisper_class()(settings)
+    if generation is not None:
+        network.generation_config = transformers.GenerationConfig.from_dict(dict(generation))
+    elif settings.vocab_size >= 51865:
+        # transformers' default ends English-only texts; in the multilingual vocabulary the end is one further on.
+        network.generation_config.begin_suppress_tokens = [220, 50257]
+    made: nn.Module = network.eval()
+    return made

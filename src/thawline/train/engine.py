@@ -1,0 +1,106 @@
+"""The engine of one process: the model on its device, the optimizer over what trains, and the update.
+
+An engine is built under one resolution and thrown away at the end of its phase; what must outlive it is captured by
+name (`optimizer_state`). Engines of several processes take the same place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thawline.errors import RecipeError
+from thawline.freeze.apply import keep_rows, mask_gradients_, put_rows_back_
+from thawline.freeze.groups import optimizer_state_by_name, param_groups, restore_optimizer_
+from thawline.freeze.resolve import Resolution
+from thawline.train.recipe import OptimSettings
+
+
+def pick_device(name: str) -> torch.device:
+    """The device a recipe means: `auto` is the GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as exc:
+        raise RecipeError(f"{name!r} is not a device", where="run.device", fix="auto, cpu, cuda or cuda:N") from exc
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("no GPU is usable here", where="run.device", fix="run.device=auto takes what there is")
+    return device
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """The learning rate of one update.
+
+    factor: what the schedule multiplies every rate with
+    warmup: phase in which a group began to train -> its own warm-up, 0 to 1
+    """
+
+    factor: float
+    warmup: Callable[[int], float] = lambda since: 1.0
+
+
+@dataclass(slots=True)
+class Engine:
+    """The model, its optimizer, and the arithmetic of one update."""
+
+    model: nn.Module
+    resolution: Resolution
+    optim: OptimSettings
+    device: torch.device
+    precision: str
+    optimizer: torch.optim.Optimizer = field(init=False)
+    trainables: dict[str, nn.Parameter] = field(init=False)
+    parked: dict[str, Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.model.to(self.device)
+        self.model.train()  # what the plan pins stays in eval mode
+        groups = param_groups(self.model, self.resolution, lr=self.optim.lr, weight_decay=self.optim.weight_decay)
+        self.trainables = {name: p for group in groups for name, p in zip(group["names"], group["params"], strict=True)}
+        self.optimizer = _optimizer(self.optim, groups)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of the forward pass: bf16 by autocast on request, weights and update stay fp32."""
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def clip_(self) -> float:
+        """Scale the gradient of what trains to at most `optim.clip`; its norm before that. Frozen rows have none."""
+        mask_gradients_(self.model, self.resolution)
+        limit = self.optim.clip if self.optim.clip is not None else math.inf
+        return float(nn.utils.clip_grad_norm_(self.trainables.values(), limit))
+
+    def update_(self, rate: Rate) -> None:
+        """One optimizer update, each group at its own rate; frozen rows are put back bit for bit."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.optim.lr * group["lr_factor"] * rate.factor * rate.warmup(group["since"])
+        kept = keep_rows(self.model, self.resolution)
+        self.optimizer.step()
+        put_rows_back_(self.model, self.resolution, kept)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Moments and counters, keyed `<parameter name>/<state key>`."""
+        return {**self.parked, **optimizer_state_by_name(self.optimizer)}
+
+    def restore_optimizer_(self, state: Mapping[str, Tensor]) -> None:
+        """Attach state by name; that of what does not train in this phase is parked, and captured again."""
+        self.parked = restore_optimizer_(self.optimizer, state)
+
+
+def _optimizer(optim: OptimSettings, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum)
+    cls = torch.optim.AdamW if optim.name == "adamw" else torch.optim.Adam
+    return cls(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)

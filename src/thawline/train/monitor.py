@@ -1,0 +1,109 @@
+"""What a person sees while a run goes on: a live line on a terminal, a plain line now and then anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TextIO
+
+
+class Monitor(Protocol):
+    """Told of everything; changes nothing."""
+
+    def begin(self, *, step: int, total_steps: int) -> None: ...
+    def note(self, text: str) -> None: ...
+    def step(self, row: Mapping[str, Any], speed: Mapping[str, float]) -> None: ...
+    def evaluation(self, row: Mapping[str, float]) -> None: ...
+    def end(self) -> None: ...
+
+
+class SilentMonitor:
+    """Says nothing: notebooks that look at the metrics themselves, and tests."""
+
+    def begin(self, *, step: int, total_steps: int) -> None: ...
+    def note(self, text: str) -> None: ...
+    def step(self, row: Mapping[str, Any], speed: Mapping[str, float]) -> None: ...
+    def evaluation(self, row: Mapping[str, float]) -> None: ...
+    def end(self) -> None: ...
+
+
+@dataclass(slots=True)
+class PlainMonitor:
+    """One line every `interval_s` seconds, for logs and schedulers."""
+
+    out: TextIO = field(default_factory=lambda: sys.stderr)
+    interval_s: float = 5.0
+    _total: int = 0
+    _last: float = 0.0
+
+    def begin(self, *, step: int, total_steps: int) -> None:
+        self._total = total_steps
+
+    def note(self, text: str) -> None:
+        print(text, file=self.out, flush=True)
+
+    def step(self, row: Mapping[str, Any], speed: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        if now - self._last >= self.interval_s or row["step"] == self._total:
+            self._last = now
+            self.note(f"step {row['step']}/{self._total}  {_progress_text(row, speed)}")
+
+    def evaluation(self, row: Mapping[str, float]) -> None:
+        self.note(_evaluation_text(row))
+
+    def end(self) -> None: ...
+
+
+class RichMonitor:
+    """A live progress line with rich, for terminals."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("[bold]train"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=Console(stderr=True),
+        )
+        self._task = self._progress.add_task("train", text="")
+
+    def begin(self, *, step: int, total_steps: int) -> None:
+        self._progress.update(self._task, completed=step, total=total_steps)
+        self._progress.start()
+
+    def note(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False, markup=False)
+
+    def step(self, row: Mapping[str, Any], speed: Mapping[str, float]) -> None:
+        self._progress.update(self._task, completed=row["step"], text=_progress_text(row, speed))
+
+    def evaluation(self, row: Mapping[str, float]) -> None:
+        self.note(_evaluation_text(row))
+
+    def end(self) -> None:
+        self._progress.stop()
+
+
+def terminal_monitor() -> Monitor:
+    """Rich on a terminal, plain lines otherwise."""
+    return RichMonitor() if sys.stderr.isatty() else PlainMonitor()
+
+
+def _progress_text(row: Mapping[str, Any], speed: Mapping[str, float]) -> str:
+    text = f"epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  lr {row['lr']:.2e}"
+    if speed:
+        text += f"  {speed['samples_per_s']:.1f} samples/s  {speed['memory_mb']:.0f} MB"
+        if speed["loading_share"] > 0.3:
+            text += f"  (waiting for data {speed['loading_share']:.0%})"
+    return text
+
+
+def _evaluation_text(row: Mapping[str, float]) -> str:
+    metrics = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if k.startswith("valid/"))
+    return f"evaluated after step {row['step']:.0f}  {metrics}"

@@ -1,0 +1,19 @@
+"""Keys become generators: the only place that seeds the global random streams of a training process."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+
+def seed_all(key: int) -> None:
+    """Seed Python's, numpy's and torch's global generators (every device) from one key of `core.rng.derive`.
+
+    Called before every micro-batch, so that dropout and whatever else draws from a global generator inside the model or
+    in user code is a function of the counters in the key, not of what ran before.
+    """
+    random.seed(key)
+    np.random.seed(key & 0xFFFF_FFFF)
+    torch.manual_seed(key)

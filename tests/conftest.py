@@ -1,0 +1,19 @@
+"""What every test may ask for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data, weights and golden outputs beside the checkout; skips where it is absent."""
+    folder = Path(os.environ.get("THAWLINE_SHARED", REPOSITORY.parent / "shared"))
+    if not (folder / "parity").is_dir():
+        pytest.skip(f"real data and golden files are not at {folder} (set THAWLINE_SHARED)")
+    return folder

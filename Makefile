@@ -22,7 +22,7 @@ demo: install
 	$(BIN)/thawline demo
 
 test: install
-	$(BIN)/python -m pytest -m 'not storm'
+	$(BIN)/python -m pytest -n auto -m "not storm"
 
 quick: install
 	$(BIN)/python -m pytest -m 'not storm and not long'

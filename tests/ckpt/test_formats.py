@@ -152,6 +152,19 @@ def test_shards_of_another_world_size_are_refused(tmp_path: Path) -> None:
         open_source(tmp_path / "run")
 
 
+@pytest.mark.parametrize("ranks", [0, -1, 1 << 62, "2", 1.5])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_number_of_ranks_that_cannot_be_is_refused_and_costs_no_memory(
+    stage: int, ranks: object, tmp_path: Path
+) -> None:
+    foreign.zero(tmp_path / "run", stage=stage)
+    (shard, *_) = sorted((tmp_path / "run/global_step3").glob("*model_states.pt"))
+    state = torch.load(shard, weights_only=True)
+    torch.save(state | {"dp_world_size": ranks}, shard)
+    with pytest.raises(CheckpointError, match="ranks"):
+        open_source(tmp_path / "run")
+
+
 def test_model_parallel_shards_are_refused_by_name(tmp_path: Path) -> None:
     foreign.zero(tmp_path / "run", stage=2)
     folder = tmp_path / "run/global_step3"
@@ -419,6 +432,14 @@ def test_a_tensor_that_reaches_past_its_record_is_refused(tmp_path: Path) -> Non
     rezip(tmp_path / "x.pt", widen)
     with pytest.raises(CheckpointError, match="reaches past the end"):
         open_source(tmp_path / "x.pt")
+
+
+def test_a_view_that_repeats_a_few_bytes_into_terabytes_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(1).expand(1 << 40)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="without end"):
+        open_source(tmp_path / "x.pt")
+    torch.save({"w": torch.ones(1).expand(5, 3)}, tmp_path / "y.pt")
+    assert tensor(open_source(tmp_path / "y.pt"), "w").sum() == 15
 
 
 def test_safetensors_headers_that_do_not_cover_the_file_are_refused(tmp_path: Path) -> None:

@@ -26,11 +26,17 @@ def test_outside_a_terminal_there_are_no_escape_codes_no_frames_and_no_moving_li
         ticker.step({"step": 1, "loss": 2.0}, {})
         ticker.end()
     stage.table(("plan", "WER"), [("everything", "1.0 %"), ("[half]", "12.0 %")], right=frozenset({1}))
+    stage.table(("file", "said"), [("a.flac", "one two"), ("b.flac", "one")], right=frozenset())
     assert out.getvalue() == (
         "\n"
         "          plan           WER\n"
         "          everything   1.0 %\n"
         "          [half]      12.0 %\n"
+        "\n"
+        "\n"
+        "          file    said\n"
+        "          a.flac  one two\n"
+        "          b.flac  one\n"
         "\n"
     )  # fmt: skip
 

@@ -90,6 +90,16 @@ def test_ulmfit_thaws_a_layer_an_epoch_with_falling_rates():
     assert len(resolutions[13].trainable_names) == 66
 
 
+def test_a_head_that_is_tied_to_the_embedding_is_named_with_it():
+    infos = [
+        ParamInfo(name="embed.weight", shape=(4, 4), dtype="F32"),
+        ParamInfo(name="layers.0.weight", shape=(4, 4), dtype="F32"),
+        ParamInfo(name="lm_head.weight", shape=(4, 4), dtype="F32", tied_to="embed.weight"),
+    ]
+    r = resolve(FreezePlan(preset="head-only"), ModelIndex(infos))
+    assert r.trainable_names == ("embed.weight",)
+
+
 def test_the_main_stack_is_the_encoders():
     assert main_stack(WENET) == "encoder.encoders"
 

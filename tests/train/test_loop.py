@@ -16,10 +16,12 @@ import torch
 from safetensors.torch import load_file
 from tests.train.toy import RECIPE, ToyTask, write_recipe
 
-from thawline.errors import DataError, RecipeError, Stopped, ThawlineError
+from thawline.errors import DataError, LawBroken, RecipeError, Stopped, ThawlineError
+from thawline.freeze.lora import merged_copy
 from thawline.train.loop import Run, train
 from thawline.train.recipe import read_recipe
 from thawline.train.rundir import read_rows
+from thawline.train.task import PlainSums, SumTerm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -265,3 +267,49 @@ def test_what_trains_is_in_training_mode_and_what_is_frozen_is_not(tmp_path: Pat
     weights = load_file(made.dir / "model" / "weights.safetensors")
     assert not torch.equal(base["body.1.running_mean"], weights["body.1.running_mean"])
     assert int(weights["body.1.num_batches_tracked"]) == 13  # every micro-batch of the epoch
+
+
+def test_a_part_that_gets_no_gradient_ends_the_run_at_its_first_step_with_the_reason(tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+
+    class Detached(ToyTask):
+        def loss(self, model: Any, batch: Any) -> Any:
+            error = (model.head(model.body(batch.x).detach()).squeeze(-1) - batch.y).square().sum()
+            return PlainSums({"square": SumTerm(error, "points")}, {})
+
+    with pytest.raises(LawBroken, match=r"got no gradient.*body\.0\.weight") as caught:
+        train(read_recipe(tmp_path / "toy.yaml", ['plan={train: ["**"]}']), Detached(), tmp_path / "run")
+    assert caught.value.exit_code == 5
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_adapters_train_resume_and_are_merged_into_the_export(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    write_recipe(tmp_path)
+
+    class Merging(ToyTask):
+        def export(self, model: Any, folder: Path) -> None:
+            super().export(merged_copy(model), folder)
+
+    plan = ['plan={train: [head], lora: {target: "body.0", r: 2, alpha: 4}}', "run.checkpoint.best=null"]
+
+    def go(name: str, **options: Any) -> Run:
+        return train(read_recipe(tmp_path / "toy.yaml", plan), Merging(), tmp_path / name, **options)
+
+    whole = go("whole")
+    with pytest.raises(Stopped):
+        go("cut", monitor=StopAfter(9))
+    assert sums(go("cut").dir / "model") == sums(whole.dir / "model")
+    base = load_file(tmp_path / "base" / "weights.safetensors")
+    made = load_file(whole.dir / "model" / "weights.safetensors")
+    assert made.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(base[name], made[name])}
+    assert changed == {"body.0.weight", "head.weight", "head.bias"}
+
+
+def test_a_skipped_step_leaves_the_statistics_as_they_were(tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    everything = ["options={poison: [9]}", 'plan={train: ["**"]}', "run.epochs=1", "run.checkpoint.best=null"]
+    made = run(tmp_path, "run", everything)
+    counted = load_file(made.dir / "model" / "weights.safetensors")["body.1.num_batches_tracked"]
+    assert int(counted) == 11  # 13 micro-batches, two of them in the step that was skipped

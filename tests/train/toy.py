@@ -63,6 +63,10 @@ class Points:
     def key(self, id: int) -> str:
         return f"p{id}"
 
+    @property
+    def left_out(self) -> tuple[()]:
+        return ()
+
     def collate(self, samples: Sequence[tuple[str, Tensor, Tensor]]) -> ToyBatch:
         keys, xs, ys = zip(*samples, strict=True)
         return ToyBatch(keys, torch.stack(xs), torch.stack(ys))

@@ -22,5 +22,5 @@ def audit(directory: str, base: str | None, as_json: bool) -> None:
     from thawline.tasks.auditing import audit_run
 
     report = audit_run(Path(directory), base=None if base is None else Path(base))
-    give(report.to_json(), report.table(), as_json=as_json)
+    give(report.to_dict(), report.table(), as_json=as_json)
     report.raise_if_broken()

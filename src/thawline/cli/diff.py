@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import click
@@ -26,4 +25,4 @@ def diff(a: str, b: str, base: str | None, as_json: bool) -> None:
     found = compare(Path(a), Path(b), base=None if base is None else Path(base))
     give(found.to_json(), found.table(), as_json=as_json)
     if found.differs:
-        sys.exit(1)
+        click.get_current_context().exit(1)

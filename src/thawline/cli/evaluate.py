@@ -3,52 +3,162 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from thawline.cli.app import json_option
-from thawline.cli.output import give
+from thawline.cli.decoding import decoding_options
+from thawline.cli.output import give, say
+
+if TYPE_CHECKING:
+    from thawline.train.task import Evaluation
 
 
 @click.command()
 @click.argument("model", type=click.Path())
 @click.argument("data", type=click.Path())
 @click.option("--base", type=click.Path(), help="The base that a delta belongs to.")
-@click.option("--mode", default="", help="ctc_greedy_search, ctc_prefix_beam_search, attention, attention_rescoring.")
-@click.option("--beam", default=1, show_default=True, help="Hypotheses kept.")
-@click.option("--language", default="", help="What a multilingual model is prompted with, e.g. en or zh.")
-@click.option("--normalizer", default="none", show_default=True, help="none, basic or english, on both sides.")
+@decoding_options
+@click.option(
+    "--normalizer",
+    type=click.Choice(["none", "basic", "english"]),
+    help="Folds both sides before scoring; default none.",
+)
 @click.option("--batch", "batch_size", default=8, show_default=True, help="Utterances decoded at once.")
 @click.option("--workers", default=0, show_default=True, help="Loader processes.")
 @click.option("--limit", type=int, help="Only the first so many utterances.")
 @click.option("--out", type=click.Path(), help="Write one JSON line an utterance: key, ref, hyp, errors.")
+@click.option("--html", type=click.Path(), help="Speech: write a page with each alignment beside its sound.")
 @json_option
 def evaluate(
     model: str,
     data: str,
     base: str | None,
-    mode: str,
-    beam: int,
-    language: str,
-    normalizer: str,
+    normalizer: str | None,
+    batch_size: int,
+    workers: int,
+    limit: int | None,
+    out: str | None,
+    html: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Score MODEL (a model directory, a run, or a delta with --base) on DATA: word and character error rate,
+    the accuracy of an image classifier, or loss and token accuracy of a video-chat model on an instruction file."""
+    from thawline.tasks.kinds import kind_of
+
+    kind = kind_of(model)
+    if kind != "speech":
+        meant = [name for name, value in {**options, "normalizer": normalizer, "html": html}.items() if value]
+        if meant:
+            raise click.UsageError(f"--{meant[0].replace('_', '-')} means nothing to a {kind} model")
+        judge = _classifier if kind == "vision" else _chat_model
+        judge(model, data, base, batch_size, workers, limit, out, as_json)
+        return
+    _recogniser(
+        model, data, base, batch_size, workers, limit, out, html, as_json, {**options, "normalizer": normalizer}
+    )
+
+
+def _recogniser(
+    model: str,
+    data: str,
+    base: str | None,
+    batch_size: int,
+    workers: int,
+    limit: int | None,
+    out: str | None,
+    html: str | None,
+    as_json: bool,
+    options: Mapping[str, Any],
+) -> None:
+    from thawline.tasks.recognition import Recognizer
+    from thawline.tasks.speech_page import error_table
+
+    recognizer = Recognizer.open(model, base=base, **options)
+    for note in recognizer.notes:
+        say(f"note: {note}", as_json=True)
+    result = recognizer.evaluate(data, batch_size=batch_size, workers=workers, limit=limit)
+    _write_rows(out, result.rows)
+    if html is not None:
+        _write_page(html, result, f"{Path(model).name} on {data}", data, recognizer.options.normalizer)
+    counts = ("utterances", "words", "unreadable")
+    metrics: dict[str, Any] = {k: int(v) if k in counts else v for k, v in result.metrics.items()}
+    table = error_table(result.rows, normalize=recognizer.options.normalizer)
+    text = (
+        f"WER {metrics['wer']:.4f}  CER {metrics['cer']:.4f}  over {metrics['utterances']} utterances, "
+        f"{metrics['words']} words"
+    )
+    bad = [row for row in result.rows if row.get("unreadable")]
+    if bad:
+        text += f"\n{len(bad)} could not be read; their words count as deletions. First: {bad[0]['unreadable']}"
+    for name, found in table.items():
+        if found:
+            common = ", ".join(f"{_confusion(row)} {row['count']}" for row in found[:8])
+            text += f"\n{name:<11} {common}"
+    give({**metrics, "errors": table}, text, as_json=as_json)
+
+
+def _confusion(row: Mapping[str, Any]) -> str:
+    return f"{row['ref']} > {row['hyp']}" if row["ref"] and row["hyp"] else str(row["ref"] or row["hyp"])
+
+
+def _write_page(html: str, result: Evaluation, title: str, data: str, normalizer: Any) -> None:
+    from thawline.data.manifest import read_manifest
+    from thawline.tasks.speech_page import evaluation_page
+
+    utterances = {row.key: row for row in read_manifest(Path(data))}
+    page = evaluation_page(result.rows, result.metrics, utterances, title=title, normalize=normalizer)
+    Path(html).write_text(page, encoding="utf-8")
+
+
+def _classifier(
+    model: str,
+    data: str,
+    base: str | None,
     batch_size: int,
     workers: int,
     limit: int | None,
     out: str | None,
     as_json: bool,
 ) -> None:
-    """Score MODEL (a model directory, a run, or a delta with --base) on DATA: word and character error rate."""
-    from thawline.tasks.recognition import Recognizer
+    from thawline.tasks.vision_classifier import Classifier
 
-    recognizer = Recognizer.open(model, base=base, language=language, normalizer=normalizer, mode=mode, beam=beam)
-    result = recognizer.evaluate(data, batch_size=batch_size, workers=workers, limit=limit)
-    if out is not None:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
-        Path(out).write_text(lines, encoding="utf-8")
-    metrics = {k: int(v) if k in ("utterances", "words") else v for k, v in result.metrics.items()}
+    result = Classifier.open(model, base=base).evaluate(data, batch_size=batch_size, workers=workers, limit=limit)
+    _write_rows(out, result.rows)
+    metrics = {k: int(v) if k in ("images", "unreadable") else v for k, v in result.metrics.items()}
+    top5 = f"  top-5 {metrics['top5']:.4f}" if "top5" in metrics else ""
+    text = f"accuracy {metrics['accuracy']:.4f}{top5}  loss {metrics['loss']:.4f}  over {metrics['images']} images"
+    give(metrics, text, as_json=as_json)
+
+
+def _chat_model(
+    model: str,
+    data: str,
+    base: str | None,
+    batch_size: int,
+    workers: int,
+    limit: int | None,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    from thawline.tasks.videochat_asking import ChatModel
+
+    size = 1 if out is not None else batch_size  # a row is a sample
+    result = ChatModel.open(model, base=base).evaluate(data, batch_size=size, workers=workers, limit=limit)
+    _write_rows(out, result.rows)
+    metrics = {k: v if k in ("loss", "accuracy") else int(v) for k, v in result.metrics.items()}
     text = (
-        f"WER {metrics['wer']:.4f}  CER {metrics['cer']:.4f}  over {metrics['utterances']} utterances, "
-        f"{metrics['words']} words"
+        f"loss {metrics['loss']:.4f}  token accuracy {metrics['accuracy']:.4f}  over {metrics['samples']} samples, "
+        f"{metrics['tokens']} tokens"
     )
     give(metrics, text, as_json=as_json)
+
+
+def _write_rows(out: str | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    if out is not None:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        Path(out).write_text(lines, encoding="utf-8")

@@ -47,10 +47,18 @@ def resume(directory: str, step: int | None, allow: tuple[str, ...], overrides: 
 
 def _report(directory: Path, step: int, metrics: dict[str, float], as_json: bool) -> None:
     figures = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k.startswith("valid/"))
+    from thawline.cli.report import leave
+    from thawline.tasks.kinds import kind_of
+
+    page = leave(directory)
+    verb, what = {"vision": ("predict", "IMAGE"), "videochat": ("chat", "VIDEO")}.get(
+        kind_of(directory), ("transcribe", "AUDIO")
+    )
     text = (
         f"done after step {step}  {figures}\n"
         f"  model    {directory / 'model'}\n"
         f"  proof    thawline audit {directory}\n"
-        f"  try it   thawline transcribe {directory} AUDIO"
+        f"  report   {page}\n"
+        f"  try it   thawline {verb} {directory} {what}"
     )
     give({"dir": str(directory), "step": step, "metrics": metrics}, text, as_json=as_json)

@@ -2,27 +2,72 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from typing import Any
+
 import click
 
 from thawline.cli.app import json_option
-from thawline.cli.output import give
+from thawline.cli.decoding import decoding_options
+from thawline.cli.output import give, say
 
 
 @click.command()
 @click.argument("model", type=click.Path())
 @click.argument("audio", nargs=-1, required=True, type=click.Path())
 @click.option("--base", type=click.Path(), help="The base that a delta belongs to.")
-@click.option("--mode", default="", help="ctc_greedy_search, ctc_prefix_beam_search, attention, attention_rescoring.")
-@click.option("--beam", default=1, show_default=True, help="Hypotheses kept.")
-@click.option("--language", default="", help="What a multilingual model is prompted with, e.g. en or zh.")
+@decoding_options
+@click.option("--times", is_flag=True, help="Times of words (CTC) or segments (Whisper); printed with --json.")
+@click.option("--srt", is_flag=True, help="Print SubRip subtitles.")
+@click.option("--vtt", is_flag=True, help="Print WebVTT subtitles.")
+@click.option("--out", type=click.Path(), help="Write subtitles into this folder, one file a recording.")
+@click.option("--max-minutes", default=120.0, show_default=True, help="Refuse longer recordings.")
+@click.option("--batch", "batch_size", default=8, show_default=True, help="Recordings decoded at once.")
 @json_option
 def transcribe(
-    model: str, audio: tuple[str, ...], base: str | None, mode: str, beam: int, language: str, as_json: bool
+    model: str,
+    audio: tuple[str, ...],
+    base: str | None,
+    times: bool,
+    srt: bool,
+    vtt: bool,
+    out: str | None,
+    max_minutes: float,
+    batch_size: int,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Turn AUDIO files into text with MODEL (a model directory, a run, or a delta with --base)."""
+    if srt + vtt + as_json > 1:
+        raise click.UsageError("--json, --srt and --vtt exclude each other")
+    if out is not None and not (srt or vtt):
+        raise click.UsageError("--out is for --srt or --vtt")
+    if (srt or vtt) and out is None and len(audio) > 1:
+        raise click.UsageError("subtitles of several recordings need a folder: --out DIR")
     from thawline.tasks.recognition import Recognizer
+    from thawline.tasks.transcript import subrip, webvtt
 
-    recognizer = Recognizer.open(model, base=base, language=language, mode=mode, beam=beam)
-    rows = [{"file": path, "text": text} for path, text in zip(audio, recognizer.transcribe(audio), strict=True)]
-    text = rows[0]["text"] if len(rows) == 1 else "\n".join(f"{row['file']}\t{row['text']}" for row in rows)
-    give({"transcripts": rows}, text, as_json=as_json)
+    recognizer = Recognizer.open(model, base=base, **options)
+    for note in recognizer.notes:
+        print(f"note: {note}", file=sys.stderr)
+    wanted = recognizer.transcripts(audio, times=times or srt or vtt, batch_size=batch_size, limit_s=60.0 * max_minutes)
+    rows = []
+    for found in wanted:
+        for note in found.notes:
+            print(f"note: {found.file}: {note}", file=sys.stderr)
+        if srt or vtt:
+            text = subrip(found.cues()) if srt else webvtt(found.cues())
+            if out is None:
+                say(text.rstrip("\n"))
+            else:
+                target = Path(out) / f"{Path(found.file).stem}.{'srt' if srt else 'vtt'}"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(text, encoding="utf-8")
+                say(str(target))
+        elif as_json:
+            rows.append(found.to_json())
+        else:
+            say(found.text if len(audio) == 1 else f"{found.file}\t{found.text}")
+    if as_json:
+        give({"transcripts": rows}, "", as_json=True)

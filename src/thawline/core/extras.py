@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from thawline.core.torchvision import hide_if_broken
 from thawline.errors import MissingExtra
 
 
@@ -14,6 +15,8 @@ def need(module: str, *, extra: str) -> Any:
     Raises MissingExtra both where the package is absent and where it is installed but broken (a torchvision built for
     another torch raises RuntimeError or OSError on import, and takes its dependents with it); the cause is named.
     """
+    if module.partition(".")[0] in ("transformers", "peft"):
+        hide_if_broken()  # neither needs it, and both fail with it
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as exc:

@@ -96,6 +96,10 @@ class Dialogues(Sequence[Dialogue]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    def key(self, number: int) -> str:
+        """What an entry is called in reports, also where it is malformed."""
+        return self._entries[number].key
+
     @property
     def malformed(self) -> tuple[Malformed, ...]:
         return tuple(e for e in self._entries if isinstance(e, Malformed))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -228,6 +228,15 @@ class SpeechFrontend(Strict):
     language_conf: LanguageConf = LanguageConf()
     """Without effect."""
 
+    speaker_conf: dict[str, Any] = {}
+    """Without effect: WeNet's speaker ids are for models that tell speakers apart."""
+
+    prefetch: int = Field(default=500, ge=1)
+    """Without effect: the loader has its own."""
+
+    pad_feat: bool = False
+    """Without effect: WeNet's paraformer alone looks at it."""
+
     @model_validator(mode="after")
     def _possible(self) -> SpeechFrontend:
         if self.speed_perturb and (not self.speed_perturb_conf.speeds or min(self.speed_perturb_conf.speeds) <= 0):
@@ -338,10 +347,11 @@ class SpeechBatch:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """An utterance that the plan does not contain, and why."""
+    """An utterance that the plan does not contain, and why: by the filter, or because it cannot be read."""
 
     key: str
     reason: str
+    unreadable: bool = False
 
 
 class SpeechSamples:
@@ -362,14 +372,16 @@ class SpeechSamples:
         kept: list[Utterance] = []
         left_out: list[LeftOut] = []
         for row in manifest:
+            unreadable = False
             try:
                 known = row if row.duration_s is not None else replace(row, duration_s=duration_s(row))
                 reason = self._reason(known, known.duration_s or 0.0) if training else ""
             except DataError as error:
                 # An evaluation keeps it, so that it is counted where it is read.
                 known, reason = replace(row, duration_s=0.0), str(error) if training else ""
+                unreadable = True
             if reason:
-                left_out.append(LeftOut(row.key, reason))
+                left_out.append(LeftOut(row.key, reason, unreadable))
             else:
                 kept.append(known)
         if not kept:

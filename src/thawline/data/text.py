@@ -83,6 +83,11 @@ class CharTokenizer:
     def vocabulary(self) -> Mapping[str, int]:
         return self._units
 
+    @property
+    def units_are_words(self) -> bool:
+        """Whether each unit is a word (or a syllable written apart) of its own."""
+        return self._by_space
+
     def tokens(self, text: str) -> list[str]:
         out: list[str] = []
         for part in self._parts(_nfc(text).strip()):

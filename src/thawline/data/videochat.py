@@ -170,6 +170,15 @@ class ChatSamples:
     def fingerprint(self) -> str:
         return self.dialogues.fingerprint
 
+    @property
+    def left_out(self) -> tuple[()]:
+        """None: a malformed entry keeps its number, and counts as a bad sample when it is read."""
+        return ()
+
+    def key(self, id: int) -> str:
+        """What the sample is called in reports."""
+        return self.dialogues.key(id)
+
     def length(self, id: int) -> float:
         """An estimate of the language model's row: visual tokens, and a token for every four characters."""
         try:

@@ -90,9 +90,15 @@ class Stage:
         indented.add_column(width=10)
         indented.add_column()
         indented.add_row("", table)
-        self._console.print()
-        self._console.print(indented)
-        self._console.print()
+        self.say()
+        if self._console.is_terminal:
+            self._console.print(indented)
+        else:
+            with self._console.capture() as captured:
+                self._console.print(indented)
+            for line in captured.get().splitlines():
+                self.say(line.rstrip())
+        self.say()
 
     @contextmanager
     def working(self, text: str) -> Iterator[Ticker]:

@@ -69,7 +69,7 @@ NEW = Group(
     ),
     train=160,
     test=100,
-    hiss=0.006,
+    hiss=0.005,
 )
 
 

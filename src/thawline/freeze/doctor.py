@@ -202,9 +202,12 @@ class Watch:
 
     def reason(self, name: str) -> str:
         """Why the parameter `name` got no gradient: unused, checkpoint, no_grad, inference, detached."""
-        calls = self.calls.get(name.rpartition(".")[0], _Calls())
+        path = name.rpartition(".")[0]
+        calls = self.calls.get(path, _Calls())
         if not calls.total:
-            return "unused"
+            # A module whose weight its parent reads without calling it (a fused qkv) fares as the parent does.
+            parent = self.calls.get(path.rpartition(".")[0], _Calls())
+            return "checkpoint" if parent.total and parent.dry_checkpoint == parent.total else "unused"
         if calls.dry_checkpoint == calls.total:
             return "checkpoint"
         if calls.inference == calls.total:

@@ -3,6 +3,18 @@
 `plan.apply(model)` returns a `Frozen`. At a change of phase requires_grad, stale gradients, modes, the groups and
 state of attached optimizers, the DDP wrapper and compiled graphs change together, or, where anything is refused, not
 at all.
+
+In a plain PyTorch loop (and in the same three places of WeNet's train.py):
+
+    frozen = FreezePlan.from_yaml("plan.yaml").apply(model)              # once the base is loaded
+    optimizer = frozen.optimizer(torch.optim.AdamW, lr=1e-4, weight_decay=0.01)
+    for epoch in range(epochs):
+        frozen.advance(epoch=epoch, metrics={"valid/loss": valid_loss})  # what is due thaws; True if the phase changed
+        for batch in loader:
+            ...                                                          # clip over frozen.trainable_parameters()
+    frozen.audit().raise_if_broken()
+
+A resume needs nothing more: `optimizer.load_state_dict(saved)` brings the model into the phase it was saved in.
 """
 
 from __future__ import annotations

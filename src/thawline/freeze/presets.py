@@ -210,7 +210,10 @@ def _words(value: str | Sequence[str]) -> list[str]:
 def _heads_if_any(index: ModelIndex) -> list[str]:
     root = index.tree.root
     inner = [root, *(c for k, c in root.children.items() if k in ("model", "decoder", "base_model", "module"))]
-    return [c.path for node in inner for key, c in node.children.items() if key in _HEADS and c.holds_tensors]
+    found = [c for node in inner for key, c in node.children.items() if key in _HEADS and c.holds_tensors]
+    # A head that is tied to the embedding is one tensor with it, and trains under both names.
+    tied = [index.tensors[i].tied_to for node in found for i in index.tree.numbers(node)]
+    return [node.path for node in found] + [name for name in dict.fromkeys(tied) if name is not None]
 
 
 def _part(index: ModelIndex, word: str, where: str) -> str:

@@ -364,15 +364,15 @@ class _Resolver:
             refused = [i for i in numbers if not self.on[i] and self.by[i] >= 0]
             left_out = [i for i in numbers if not self.on[i] and self.by[i] < 0]
             if refused:
-                self.refuse_tie(trained[0], refused[0], "which a rule freezes")
+                self.refuse_tie(trained[0], refused[0], f"is frozen by {self.rules[self.by[refused[0]]][1]}")
             if numbers[0] in left_out:
-                self.refuse_tie(trained[0], numbers[0], "which stays frozen")
+                self.refuse_tie(trained[0], numbers[0], "stays frozen (no rule names it)")
             for i in left_out:
                 if self.owns_frozen(i):
-                    self.refuse_tie(trained[0], i, "whose module stays frozen")
+                    self.refuse_tie(trained[0], i, "stays frozen with its module (no rule names it)")
                 self.notes.append(f"{self.index.tensors[i].name} is the same tensor as {first} and trains with it")
             if len({self.rows.get(i) for i in trained}) > 1:
-                self.refuse_tie(trained[0], trained[-1], "of which other rows train")
+                self.refuse_tie(trained[0], trained[-1], "trains other rows")
             for i in numbers:
                 if i != trained[0]:
                     self.on[i] = True
@@ -395,9 +395,8 @@ class _Resolver:
     def refuse_tie(self, trained: int, frozen: int, how: str) -> None:
         a, b = self.index.tensors[trained].name, self.index.tensors[frozen].name
         rule = self.rules[self.by[trained]]
-        against = self.rules[self.by[frozen]][1] if self.by[frozen] >= 0 else "no rule names it"
         raise SelectorError(
-            f"{a} and {b} are one tensor (tied weights): {rule[1]} trains {a}, but it is {b}, {how} ({against})",
+            f"{a} and {b} are one tensor (tied weights): {rule[1]} trains {a}, while {b} {how}",
             where=rule[0].where,
             fix=f'train both (add "{b}"), or freeze both (add "!{a}")',
         )

@@ -52,8 +52,8 @@ class ModelFiles:
     weights:     the file or files that hold all tensors (an index names its shards; both are listed, the index first)
     spelling:    whose tensor names those files use
     network:     whose tensor names the built network uses; where it differs, rename with `whisper_names.translate`
-    sidecars:    files that belong into an exported directory beside the weights, by their role; missing ones are left
-    out values:      the configuration as plain data: train.yaml, config.json, or OpenAI's dims
+    sidecars:    files that belong into an exported directory beside the weights, by their role, without missing ones
+    values:      the configuration as plain data: train.yaml, config.json, or OpenAI's dims
     generation:  generation_config.json, where there is one
     """
 
@@ -132,16 +132,8 @@ def _wenet(path: Path, folder: Path, config: Path) -> ModelFiles:
             where=str(config),
             fix="give a directory whose train.yaml WeNet wrote",
         )
-    sidecars: dict[str, Path] = {"train.yaml": config}
-    missing: list[str] = []
-    for role, written in _named_files(values):
-        found = _resolve(written, folder)
-        if found is None:
-            missing.append(written)
-        else:
-            sidecars[role] = found
-    if "units.txt" not in sidecars and (folder / "units.txt").is_file():
-        sidecars["units.txt"] = folder / "units.txt"
+    found, missing = wenet_sidecars(folder, values)
+    sidecars = {"train.yaml": config, **found}
     return ModelFiles(
         family="wenet",
         path=path,
@@ -152,6 +144,41 @@ def _wenet(path: Path, folder: Path, config: Path) -> ModelFiles:
         values=values,
         missing=tuple(missing),
     )
+
+
+def wenet_sidecars(folder: Path, values: Mapping[str, Any]) -> tuple[dict[str, Path], list[str]]:
+    """Role -> file of what a train.yaml names (units.txt, global_cmvn, a bpe model), and the names that lead nowhere.
+
+    A role is the name that the file gets in an export. No weights are looked for.
+    """
+    sidecars: dict[str, Path] = {}
+    missing: list[str] = []
+    for role, written in _named_files(values):
+        found = _resolve(written, folder)
+        if found is None:
+            missing.append(written)
+        else:
+            sidecars[role] = found
+    if "units.txt" not in sidecars and (folder / "units.txt").is_file():
+        sidecars["units.txt"] = folder / "units.txt"
+    return sidecars, missing
+
+
+def wenet_values_here(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A train.yaml whose paths are the bare roles: right in a directory where `wenet_sidecars` lie beside it."""
+    out = dict(values)
+    tokenizer = dict(out.get("tokenizer_conf") or {})
+    for key in _WENET_FILES:
+        if tokenizer.get(key):
+            tokenizer[key] = "units.txt" if key == "symbol_table_path" else Path(str(tokenizer[key])).name
+    if tokenizer:
+        out["tokenizer_conf"] = tokenizer
+    conf = dict(out.get("cmvn_conf") or {})
+    if conf.get("cmvn_file"):
+        out["cmvn_conf"] = {**conf, "cmvn_file": "global_cmvn"}
+    if out.get("cmvn_file"):
+        out["cmvn_file"] = "global_cmvn"
+    return out
 
 
 def _named_files(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -8,7 +8,10 @@ can be copied and pickled by name.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +33,7 @@ class WhisperSurface:
     generation_config: Any
     model: Any
     proj_out: nn.Module
+    generate: Any
     default_mode = "attention"
     label_smoothing: float = 0.0
     """Of the training loss; set it on the instance."""
@@ -91,6 +95,7 @@ class WhisperSurface:
 
         Raises DataError for a language or task that this model does not know. Default: English, transcribe.
         """
+        self._refuse_without_special_tokens()
         generation = self.generation_config
         start, plain = generation.decoder_start_token_id, generation.no_timestamps_token_id
         if not self.is_multilingual:
@@ -108,6 +113,15 @@ class WhisperSurface:
                 raise DataError(f"unknown task {task!r}", fix=near(task, list(generation.task_to_id)))
             rows.append([start, generation.lang_to_id[token], generation.task_to_id[task], plain])
         return torch.tensor(rows, dtype=torch.long, device=device)
+
+    def _refuse_without_special_tokens(self) -> None:
+        if getattr(self.generation_config, "no_timestamps_token_id", None) is None:
+            raise RecipeError(
+                f"the special tokens of this vocabulary of {self.config.vocab_size} are not known, so there is nothing "
+                "to begin a transcript with",
+                where="generation_config.json",
+                fix="give the Hugging Face directory of this model, whose generation_config.json says them",
+            )
 
     def teacher_forcing(
         self,
@@ -228,6 +242,7 @@ class WhisperSurface:
             )
         if beam < 1:
             raise RecipeError(f"a beam of {beam} keeps nothing", where="beam", fix="use 1 or more")
+        self._refuse_without_special_tokens()
         settings: dict[str, Any] = {"num_beams": beam, "return_timestamps": timestamps}
         if self.is_multilingual:
             self.prompt(feats.size(0), feats.device, languages, tasks)  # refuses unknown names
@@ -249,26 +264,97 @@ class WhisperSurface:
                 "early_stopping": True,
             }
         window = self._window(feats, feats_lengths)
+        with self._generating():
+            memory = self.model.encoder(window)
+            mask = torch.ones(window.size(0), window.size(2), dtype=torch.long, device=window.device)
+            ids = self.generate(
+                encoder_outputs=memory, attention_mask=mask, force_unique_generate_call=True, **settings
+            )
+            return self._hypotheses(memory.last_hidden_state, ids)
+
+    @contextmanager
+    def _generating(self) -> Iterator[None]:
+        """Eval mode, and without a warning that transformers' Whisper provokes in transformers' own `generate`."""
         network: Any = self
         was_training = bool(network.training)
         network.eval()
+        logger = logging.getLogger("transformers.generation.utils")
+        logger.addFilter(_not_about_itself)
         try:
-            ids = network.generate(
-                window,
-                attention_mask=torch.ones(window.size(0), window.size(2), dtype=torch.long, device=window.device),
-                force_unique_generate_call=True,
-                **settings,
-            )
+            yield
         finally:
+            logger.removeFilter(_not_about_itself)
             network.train(was_training)
-        return self._hypotheses(window, ids)
 
-    def _hypotheses(self, window: Tensor, ids: Tensor) -> list[Hypothesis]:
-        """ids (B, prompt + text + padding) -> scored hypotheses."""
+    @torch.no_grad()
+    def language(self, feats: Tensor, feats_lengths: Tensor) -> list[str]:
+        """feats (B, T, bins) -> the language of each utterance's first 30 s by the model's own judgement."""
+        self._refuse_without_special_tokens()
+        if not self.is_multilingual:
+            return ["en"] * feats.size(0)
+        window = 2 * int(self.config.max_source_positions)
+        with self._generating():
+            memory = self.model.encoder(self._window(feats[:, :window], feats_lengths.clamp(max=window)))
+            start = int(self.generation_config.decoder_start_token_id)
+            hidden = self.model.decoder(
+                input_ids=torch.full((feats.size(0), 1), start, device=feats.device),
+                encoder_hidden_states=memory.last_hidden_state,
+                use_cache=False,
+            ).last_hidden_state
+            known = {int(i): name.strip("<|>") for name, i in self.generation_config.lang_to_id.items()}
+            ids = sorted(known)
+            best = self.proj_out(hidden)[:, 0, ids].argmax(-1).tolist()
+        return [known[ids[i]] for i in best]
+
+    @torch.no_grad()
+    def decode_long(
+        self,
+        feats: Tensor,
+        *,
+        beam: int = 1,
+        language: str = "en",
+        task: str = "transcribe",
+        prompt_tokens: Tensor | None = None,
+        length_penalty: float = 1.0,
+    ) -> list[TimedTokens]:
+        """feats (T, bins) of any length -> what was said, in segments with times.
+
+        transformers' long form: a window of 30 s is decoded with time marks, and the next window begins at the last
+        mark (Radford 2022, section 3.8). Nothing is decoded twice at other temperatures.
+        """
+        self._refuse_without_special_tokens()
+        settings: dict[str, Any] = {"num_beams": beam, "return_timestamps": True, "return_segments": True}
+        if beam > 1:
+            settings |= {"length_penalty": length_penalty, "early_stopping": True}
+        if self.is_multilingual:
+            self.prompt(1, feats.device, [language], [task])  # refuses unknown names
+            settings |= {"language": language, "task": task}
+        if prompt_tokens is not None:
+            settings["prompt_ids"] = prompt_tokens
+        window = 2 * int(self.config.max_source_positions)
+        lengths = torch.tensor([feats.size(0)], device=feats.device)
+        if feats.size(0) <= window:
+            whole = self._window(feats[None], lengths)
+        else:
+            dtype = next(iter(self.model.encoder.parameters())).dtype
+            whole = feats.T[None].to(dtype)
+        mask = torch.ones(1, whole.size(2), dtype=torch.long, device=whole.device)
+        with self._generating():
+            found = self.generate(whole, attention_mask=mask, **settings)
+        first_time = int(self.generation_config.no_timestamps_token_id) + 1
+        end = feats.size(0) / 100.0
+        segments = []
+        for segment in found["segments"][0]:
+            tokens = tuple(int(t) for t in segment["tokens"] if int(t) < first_time)
+            start_s, end_s = float(segment["start"]), float(segment["end"])
+            segments.append(TimedTokens(start_s, min(max(end_s, start_s), max(end, start_s)), tokens))
+        return segments
+
+    def _hypotheses(self, memory: Tensor, ids: Tensor) -> list[Hypothesis]:
+        """memory (B, 1500, size) of the encoder, ids (B, prompt + text + padding) -> scored hypotheses."""
         generation = self.generation_config
         end, start = int(generation.eos_token_id), int(generation.decoder_start_token_id)
         first_time = int(generation.no_timestamps_token_id) + 1
-        memory = self.model.encoder(window).last_hidden_state
         hidden = self.model.decoder(
             input_ids=ids[:, :-1].clamp(max=self.config.vocab_size - 1),
             encoder_hidden_states=memory,
@@ -297,6 +383,20 @@ class WhisperSurface:
                 )
             )
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class TimedTokens:
+    """A segment of a long recording: seconds from its begin, and text tokens (special ones above the end included)."""
+
+    start_s: float
+    end_s: float
+    tokens: tuple[int, ...]
+
+
+def _not_about_itself(record: logging.LogRecord) -> bool:
+    """Drops transformers' warning about arguments that its own Whisper passes on beside a generation config."""
+    return "Passing `generation_config` together with" not in record.getMessage()
 
 
 @functools.cache

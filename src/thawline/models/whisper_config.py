@@ -38,6 +38,11 @@ def check_dims(dims: Mapping[str, Any], *, where: str = "") -> dict[str, int]:
     return {name: int(dims[name]) for name in DIMS}
 
 
+def has_special_tokens(vocabulary: int) -> bool:
+    """Whether a vocabulary of this size is one of OpenAI's, whose special tokens are known."""
+    return 0 < vocabulary - 51765 - int(vocabulary >= 51865) <= len(LANGUAGES)
+
+
 def special_tokens(vocabulary: int) -> dict[str, int]:
     """The ids of Whisper's special tokens, WeNet's names, from the size of the vocabulary alone.
 
@@ -46,7 +51,7 @@ def special_tokens(vocabulary: int) -> dict[str, int]:
     """
     multilingual = vocabulary >= 51865
     languages = vocabulary - 51765 - int(multilingual)
-    if not 0 < languages <= len(LANGUAGES):
+    if not has_special_tokens(vocabulary):
         raise CheckpointError(
             f"a vocabulary of {vocabulary} is none of OpenAI's (51864, 51865, 51866)",
             fix="give the special tokens explicitly",
@@ -137,17 +142,20 @@ def huggingface_values(dims: Mapping[str, int]) -> tuple[dict[str, Any], dict[st
     symbols.
 
     The suppressed tokens of OpenAI's decoder follow from its tokenizer, which a .pt file does not hold: only those that
-    begin a text are set (blank and end of text).
+    begin a text are set (blank and end of text). A vocabulary that is none of OpenAI's gets no special tokens at all:
+    such a network encodes and scores, and refuses to decode.
     """
     d = check_dims(dims)
-    tokens = special_tokens(d["n_vocab"])
+    known = has_special_tokens(d["n_vocab"])
+    tokens = special_tokens(d["n_vocab"]) if known else {}
     multilingual = d["n_vocab"] >= 51865
     ids = {
-        "bos_token_id": tokens["eot"],
-        "decoder_start_token_id": tokens["sot"],
-        "eos_token_id": tokens["eot"],
-        "pad_token_id": tokens["eot"],
+        "bos_token_id": tokens.get("eot"),
+        "eos_token_id": tokens.get("eot"),
+        "pad_token_id": tokens.get("eot"),
     }
+    if known:
+        ids["decoder_start_token_id"] = tokens["sot"]  # transformers takes no null here
     config = {
         "model_type": "whisper",
         "architectures": ["WhisperForConditionalGeneration"],
@@ -165,6 +173,8 @@ def huggingface_values(dims: Mapping[str, int]) -> tuple[dict[str, Any], dict[st
         "max_target_positions": d["n_text_ctx"],
         **ids,
     }
+    if not known:
+        return config, {}
     generation: dict[str, Any] = {
         **ids,
         "begin_suppress_tokens": [220, tokens["eot"]],

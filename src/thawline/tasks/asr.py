@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-from thawline.core.config import Strict
 from thawline.data.manifest import read_manifest
 from thawline.data.speech import SpeechBatch, SpeechSamples
 from thawline.data.text import Tokenizer
 from thawline.freeze.lora import has_adapters, merged_copy
 from thawline.tasks.loading import draw, load, locate
-from thawline.tasks.scoring import Normalizer, alignment, normalizer, score
+from thawline.tasks.scoring import errors_of, normalizer, score
+from thawline.tasks.speech_decoding import decode, languages
 from thawline.tasks.speech_home import SpeechHome
+from thawline.tasks.speech_options import SpeechOptions
+from thawline.tasks.speech_weights import notes_of
 from thawline.train.recipe import Recipe
 from thawline.train.task import Evaluation, LossSums, Samples
 
-
-class SpeechOptions(Strict):
-    """`options` of a speech recipe, and of `evaluate` and `transcribe`."""
-
-    language: str = ""
-    """What a multilingual model is prompted with, e.g. en or zh; empty takes each row's own `lang`, else English."""
-    task: Literal["transcribe", "translate"] = "transcribe"
-    normalizer: Normalizer = "none"
-    """How texts are made comparable before scoring: none, basic or english."""
-    mode: str = ""
-    """Decoding mode; empty takes ctc_greedy_search where the model has CTC, else attention."""
-    beam: int = 1
+__all__ = ["SpeechOptions", "SpeechTask", "evaluate"]
 
 
 class SpeechTask:
@@ -41,12 +32,31 @@ class SpeechTask:
     def __init__(self) -> None:
         self.options = SpeechOptions()
         self.home: SpeechHome | None = None
+        self.notes: tuple[str, ...] = ()
+        """What building the base did beyond copying tensors: new heads, changed units. One sentence each."""
+
+    def complete(self, recipe: Recipe) -> Recipe:
+        """The recipe with absolute paths for the files that `options` name, so that a run's copy of it finds them."""
+        named = {}
+        for key in ("units", "tokenizer"):
+            if recipe.options.get(key):
+                folder = recipe.folder("options", key)
+                named[key] = str((folder / Path(str(recipe.options[key])).expanduser()).absolute())
+        return recipe if not named else recipe.model_copy(update={"options": {**recipe.options, **named}})
 
     def build(self, recipe: Recipe) -> nn.Module:
         self.options = recipe.bind_part(SpeechOptions, "options")
+        named = self.complete(recipe).options
         place = locate(recipe.path("model"))
-        self.home = SpeechHome.of(place.home)
-        return draw(place.home) if recipe.init == "random" else load(recipe.path("model"))
+        home = SpeechHome.of(place.home, tokenizer=Path(named["tokenizer"]) if named.get("tokenizer") else None)
+        model = draw(place.home) if recipe.init == "random" else load(recipe.path("model"))
+        self.notes = notes_of(model)
+        if named.get("units"):
+            home = home.with_units_(model, Path(named["units"]), seed=recipe.run.seed)
+            if home.new_units is not None:
+                self.notes = (*self.notes, str(home.new_units))
+        self.home = home
+        return model
 
     def samples(self, recipe: Recipe, model: nn.Module, split: str) -> Samples:
         home = self._home()
@@ -59,15 +69,7 @@ class SpeechTask:
         return weights
 
     def loss(self, model: Any, batch: SpeechBatch) -> LossSums:
-        sums: LossSums = model.loss_sums(
-            batch.feats,
-            batch.feats_lengths,
-            batch.target,
-            batch.target_lengths,
-            languages=languages(batch, self.options),
-            tasks=[self.options.task] * len(batch.keys),
-        )
-        return sums
+        return _loss_sums(model, batch, self.options)
 
     def evaluate(self, model: nn.Module, samples: Samples, batches: Iterator[Any]) -> Evaluation:
         return evaluate(model, self._home().tokenizer(), batches, self.options, loss=True)
@@ -88,18 +90,12 @@ def evaluate(
     rows: list[dict[str, Any]] = []
     total, weights, ratios = _Sums(), _Sums(), _Sums()
     for batch in batches:
-        hypotheses = decode(model, batch, options)
-        for key, reference, tokens in zip(batch.keys, batch.texts, hypotheses, strict=True):
-            rows.append({"key": key, "ref": reference, "hyp": tokenizer.decode(tokens).strip()})
+        hypotheses = decode(model, batch, options, tokenizer)
+        for key, reference, found in zip(batch.keys, batch.texts, hypotheses, strict=True):
+            text = tokenizer.decode(found.tokens).strip()
+            rows.append({"key": key, "ref": reference, "hyp": text, "score": found.score})
         if loss:
-            sums = model.loss_sums(
-                batch.feats,
-                batch.feats_lengths,
-                batch.target,
-                batch.target_lengths,
-                languages=languages(batch, options),
-                tasks=[options.task] * len(batch.keys),
-            )
+            sums = _loss_sums(model, batch, options)
             for term in sums.terms.values():
                 total.add(term.per, float(term.sum))
             for name, weight in model.loss_weights(batch.target_lengths).items():
@@ -107,45 +103,32 @@ def evaluate(
             for name, (part, count) in sums.metrics.items():
                 ratios.add(name, float(part))
                 ratios.add(f"{name}/count", float(count))
-    normalize = normalizer(options.normalizer)
-    metrics = dict(score([r["ref"] for r in rows], [r["hyp"] for r in rows], normalize=normalize))
+    metrics = scored_(rows, options)
     if loss:
         metrics["loss"] = sum(value / weights[name] for name, value in total.items())
         for name in [n for n in ratios if not n.endswith("/count")]:
             metrics[name] = ratios[name] / ratios[f"{name}/count"] if ratios[f"{name}/count"] else 0.0
-    for row in rows:
-        words = alignment(normalize(row["ref"]), normalize(row["hyp"]))
-        row["errors"] = sum(w["op"] != "equal" for w in words)
     return Evaluation(metrics, rows)
 
 
-def decode(model: Any, batch: SpeechBatch, options: SpeechOptions) -> list[Sequence[int]]:
-    """The best token sequence of each utterance."""
-    settings: dict[str, Any] = {"mode": options.mode or default_mode(model), "beam": options.beam}
-    if _is_prompted(model):
-        settings |= {"languages": languages(batch, options), "tasks": [options.task] * len(batch.keys)}
-    found = model.decode(batch.feats, batch.feats_lengths, **settings)
-    return [hypothesis.tokens for hypothesis in found]
+def scored_(rows: list[dict[str, Any]], options: SpeechOptions) -> dict[str, float]:
+    """Error rates over rows of {"ref", "hyp"}; puts "errors" (word errors) into each row."""
+    normalize = normalizer(options.normalizer)
+    for row in rows:
+        row["errors"] = errors_of(normalize(row["ref"]), normalize(row["hyp"]))
+    return dict(score([r["ref"] for r in rows], [r["hyp"] for r in rows], normalize=normalize))
 
 
-def default_mode(model: Any) -> str:
-    """How a model is decoded where nobody says: greedily, by CTC where it was trained with CTC."""
-    ctc = getattr(getattr(model, "config", None), "ctc_weight", 0.0)
-    return "ctc_greedy_search" if ctc > 0 else "attention"
-
-
-def languages(batch: SpeechBatch, options: SpeechOptions) -> list[str]:
-    """The language of each utterance: the option's, else the row's own, else English."""
-    if options.language:
-        return [options.language] * len(batch.keys)
-    return [lang or "en" for lang in (batch.langs or [""] * len(batch.keys))]
-
-
-def _is_prompted(model: Any) -> bool:
-    multilingual = getattr(model, "is_multilingual", None)
-    if multilingual is not None:
-        return bool(multilingual)
-    return bool(getattr(getattr(model, "config", None), "is_whisper", False))
+def _loss_sums(model: Any, batch: SpeechBatch, options: SpeechOptions) -> LossSums:
+    sums: LossSums = model.loss_sums(
+        batch.feats,
+        batch.feats_lengths,
+        batch.target,
+        batch.target_lengths,
+        languages=languages(batch, options),
+        tasks=[options.task] * len(batch.keys),
+    )
+    return sums
 
 
 class _Sums(dict[str, float]):

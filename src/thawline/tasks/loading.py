@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from thawline.ckpt.delta import read_delta
+from thawline.ckpt.delta import BaseRef, Delta, check_base, lay_over, read_delta
 from thawline.ckpt.formats.thawline_run import is_delta
-from thawline.ckpt.load import load_strict_
-from thawline.ckpt.source import open_source
-from thawline.ckpt.tensors import SourceTensors
+from thawline.ckpt.load import load_strict_, read_checkpoint, read_newest
 from thawline.core.config import near_names, read_yaml
 from thawline.errors import CheckpointError
-from thawline.models import family
 from thawline.models.wenet.cmvn import read_cmvn
 from thawline.models.wenet.config import read_config
 from thawline.models.wenet.model import build
+from thawline.tasks.speech_weights import load_recogniser, remember_
+from thawline.tasks.speech_weights import widened as widened
 from thawline.train.law import shape_
 from thawline.train.recipe import read_recipe
 from thawline.train.rundir import RunDirectory
@@ -32,7 +29,7 @@ class Location:
     home:    the directory (or weights file) that says what the network is: train.yaml, config.json
     weights: what is opened for the tensors
     base:    what gives the tensors that `weights` leaves out; None where it leaves out none
-    run:     the run directory whose plan may have changed the structure (adapters, GroupNorm); None otherwise
+    run:     the run directory whose recipe says how the base was changed (units, adapters, GroupNorm); None otherwise
     """
 
     home: Path
@@ -78,11 +75,21 @@ def _over(weights: Path, base: Path, run: Path | None) -> Location:
 
 def load(path: Path | str, base: Path | str | None = None) -> nn.Module:
     """The model at `path`, in eval mode: a WeNet directory (train.yaml, final.pt, units.txt), a Hugging Face
-    directory, a run directory, a checkpoint or a delta (with `base`, unless the base is still where it was).
+    directory, OpenAI's Whisper .pt, a run directory, a checkpoint or a delta (with `base`, unless the base is still
+    where it was), a WeNet LoRA file (with the `base` it was trained from), VideoChat2's parts (see `videochat_home`).
 
     Every tensor is accounted for. Raises CheckpointError naming what is missing, unexpected or damaged, BaseMismatch
     (exit code 4) where a delta is put over another base than its own.
     """
+    from thawline.tasks import kinds, vision_classifier  # both stand on this module
+
+    if kinds.kind_of(path) == "vision":
+        return vision_classifier.load_classifier(path, base)[0]
+    from thawline.tasks import videochat_loading
+
+    chat, under = Path(path), None if base is None else Path(base)
+    if videochat_loading.is_meant(chat, under):
+        return videochat_loading.open_chat(chat, under)[0].model
     return load_located(locate(path, base))
 
 
@@ -105,21 +112,46 @@ def draw(home: Path) -> nn.Module:
 
 def load_located(place: Location) -> nn.Module:
     """Build the network that `place.home` describes and fill it strictly."""
-    model = family.build_empty(family.sniff(place.home))
     if place.run is not None:
-        recipe = read_recipe(place.run / "recipe.yaml")
-        shape_(model, recipe.plan, seed=recipe.run.seed)
-    with open_source(place.weights, base=place.base) as source:
-        load_strict_(model, _widened(SourceTensors(source), model), source=str(place.weights))
+        return _of_run(place, place.run)
+    delta = _delta_of(place.weights)
+    if delta is None:
+        return load_recogniser(place.home, weights=place.weights, base=place.base)
+    assert place.base is not None
+    model = load(place.base)
+    _restore_(model, delta, BaseRef.of(model, path=str(place.base)), source=str(place.weights))
     return model.eval()
 
 
-def _widened(given: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]:
-    """Half precision becomes fp32 where the model is in fp32, which is exact; nothing else is cast."""
-    wanted = model.state_dict()
-    tensors: dict[str, Any] = {}
-    for name, tensor in given.items():
-        exact = name in wanted and str(wanted[name].dtype) == "torch.float32"
-        half = str(tensor.dtype) in ("torch.float16", "torch.bfloat16")
-        tensors[name] = tensor.float() if exact and half else tensor
-    return tensors
+def _of_run(place: Location, run: Path) -> nn.Module:
+    """What the run's task builds from the base, shaped by its plan, with a checkpoint's tensors over it."""
+    from thawline.tasks.runs import task_of  # a task may itself load its base by this module
+
+    assert place.base is not None
+    recipe = read_recipe(run / "recipe.yaml", {"model": str(place.base)})
+    notes: list[str] = []
+    if place.weights == run:
+        checkpoint = read_newest(RunDirectory(run).checkpoints, report=notes.append)
+    else:
+        checkpoint = read_checkpoint(place.weights)
+    model = task_of(recipe).build(recipe)
+    before = BaseRef.of(model, path=str(place.base))
+    check_base(checkpoint.base, before, source=str(checkpoint.path))
+    shape_(model, recipe.plan, seed=recipe.run.seed)
+    _restore_(model, checkpoint.difference, before, source=str(checkpoint.path))
+    remember_(model, notes)
+    return model.eval()
+
+
+def _restore_(model: nn.Module, delta: Delta, before: BaseRef, *, source: str) -> None:
+    """Lay a delta over the base that it was made from; what the plan made anew and never trained stays as drawn."""
+    check_base(delta.base, before, source=source)
+    drawn = frozenset(name for name in model.state_dict() if name not in before.digests)
+    load_strict_(model, lay_over(model.state_dict(), delta, as_shaped=drawn, source=source), source=source)
+
+
+def _delta_of(weights: Path) -> Delta | None:
+    """The delta at a path: a checkpoint of a run that is elsewhere, or a delta file; None where it is neither."""
+    if weights.is_dir() and (weights / "delta.safetensors").is_file():
+        return read_checkpoint(weights).difference
+    return read_delta(weights) if weights.is_file() and is_delta(weights) else None

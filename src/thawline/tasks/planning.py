@@ -7,32 +7,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from thawline.ckpt.source import open_source
 from thawline.core.config import Document, bind
 from thawline.core.index import ModelIndex
-from thawline.errors import RecipeError
+from thawline.core.rng import derive
+from thawline.data.loader import BatchRequest, Loader
+from thawline.data.sampler import BatchPlan, Cursor
+from thawline.errors import DataError, RecipeError
 from thawline.freeze import doctor
 from thawline.freeze.apply import apply_
 from thawline.freeze.memory import MemoryEstimate, estimate
 from thawline.freeze.plan import FreezePlan
 from thawline.freeze.resolve import Resolution, resolve_all
-from thawline.tasks.runs import task_of
+from thawline.tasks.runs import open_recipe
 from thawline.train.law import shape_
-from thawline.train.recipe import Recipe, read_recipe
+from thawline.train.recipe import Recipe
+from thawline.train.seeding import seed_all
+from thawline.train.task import Task
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A plan resolved: one resolution and one memory estimate a phase, and the doctor's findings."""
+    """A plan resolved: one resolution and one memory estimate a phase, the doctor's findings, and the task's notes."""
 
     phases: tuple[Resolution, ...]
     memory: tuple[MemoryEstimate, ...]
     findings: tuple[Any, ...] = ()
     lr: float | None = None
+    notes: tuple[str, ...] = ()
+    activations: int | None = None
+    """Bytes that autograd keeps for one micro-batch, measured in the first phase; None where no data is given."""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "lr": self.lr,
+            "activations_bytes": self.activations,
             "phases": [
                 {
                     "phase": r.phase,
@@ -45,6 +57,7 @@ class Preview:
                 for r, m in zip(self.phases, self.memory, strict=True)
             ],
             "findings": [f.to_dict() for f in self.findings],
+            "notes": list(self.notes),
         }
 
     def text(self) -> str:
@@ -55,8 +68,11 @@ class Preview:
             lines.append(resolution.table())
             lines.append(
                 f"memory   weights {_mb(memory.weights_bytes)}, gradients {_mb(memory.gradients_bytes)}, "
-                f"optimizer {_mb(memory.optimizer_bytes)}, together {_mb(memory.total_bytes)} and activations"
+                f"optimizer {_mb(memory.optimizer_bytes)}, together {_mb(memory.total_bytes)}, without activations"
             )
+        if self.activations is not None:
+            lines.append(f"         activations of one micro-batch {_mb(self.activations)} (measured, first phase)")
+        lines += [f"note     {note}" for note in self.notes]
         lines += [str(finding) for finding in self.findings] or ["doctor   nothing found"]
         return "\n".join(lines)
 
@@ -71,7 +87,7 @@ def preview(
     if target.suffix in (".yaml", ".yml"):
         if train or preset:
             raise RecipeError("a recipe has its own plan", fix="override it: plan.train='[...]'")
-        return _of_recipe(read_recipe(target, overrides))
+        return _of_recipe(*open_recipe(target, overrides))
     if not (train or preset):
         raise RecipeError(
             "a model has no plan of its own", fix="give --train SELECTOR or --preset NAME, or a recipe instead"
@@ -83,13 +99,44 @@ def preview(
     return Preview(phases, tuple(estimate(r) for r in phases))
 
 
-def _of_recipe(recipe: Recipe) -> Preview:
-    model = task_of(recipe).build(recipe)
+def _of_recipe(recipe: Recipe, task: Task) -> Preview:
+    model = task.build(recipe)
     phases = shape_(model, recipe.plan, seed=recipe.run.seed)
     apply_(model, phases[0])
     momentum = recipe.optim.momentum if recipe.optim.name == "sgd" else 0.0
     memory = tuple(estimate(r, optimizer=recipe.optim.name, momentum=momentum) for r in phases)
-    return Preview(phases, memory, tuple(doctor.before(model, phases[0])), recipe.optim.lr)
+    notes = tuple(getattr(task, "notes", ()))
+    findings = doctor.before(model, phases[0])
+    activations, seen = _first_batch(recipe, task, model, phases[0])
+    return Preview(phases, memory, (*findings, *seen), recipe.optim.lr, notes, activations)
+
+
+def _first_batch(
+    recipe: Recipe, task: Task, model: nn.Module, resolution: Resolution
+) -> tuple[int, list[doctor.Finding]]:
+    """Run the first micro-batch forward and backward: what autograd keeps, and what the doctor sees. Nothing is
+    updated, and buffers are put back."""
+    samples = task.samples(recipe, model, "train")
+    plan = BatchPlan(len(samples), seed=recipe.run.seed, batching=recipe.data.batch, length=samples.length)
+    cursor, ids = next(iter(plan.batches(Cursor())))
+    with Loader(samples, seed=recipe.run.seed) as loader:
+        loaded = next(iter(loader.iterate([BatchRequest(epoch=0, cursor=cursor, ids=ids)])))
+    if loaded.batch is None:
+        raise DataError(f"no sample of the first batch can be read: {loaded.bad[0].reason}", where=loaded.bad[0].key)
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.train()
+    seed_all(derive(recipe.run.seed, "plan"))
+    with doctor.watch(model, resolution) as seen:
+        with doctor.SavedActivations(model) as saved:
+            sums = task.loss(model, loaded.batch)
+            objective = torch.stack([term.sum for term in sums.terms.values()]).sum()
+        objective.backward()  # type: ignore[no-untyped-call]
+    findings = doctor.after_first_step(model, resolution, seen)
+    model.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(kept[name])
+    return saved.bytes, findings
 
 
 def _mb(count: int) -> str:

@@ -16,7 +16,11 @@ from thawline.train.recipe import Recipe, read_recipe
 from thawline.train.rundir import RunDirectory
 from thawline.train.task import Task
 
-TASKS = {"speech": "thawline.tasks.asr:SpeechTask"}
+TASKS = {
+    "speech": "thawline.tasks.asr:SpeechTask",
+    "vision": "thawline.tasks.vision:VisionTask",
+    "videochat": "thawline.tasks.videochat:VideoChatTask",
+}
 """Name in a recipe -> module:class. Imported when a recipe asks for it."""
 
 
@@ -34,6 +38,14 @@ def task_of(recipe: Recipe) -> Task:
     return task
 
 
+def open_recipe(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> tuple[Recipe, Task]:
+    """The recipe with its task. What a task's own options say of the plan, and of files, is written out."""
+    recipe = read_recipe(path, overrides)
+    task = task_of(recipe)
+    complete = getattr(task, "complete", None)
+    return (complete(recipe) if complete is not None else recipe), task
+
+
 def train(
     recipe: str | Path,
     overrides: Mapping[str, Any] | Sequence[str] = (),
@@ -43,9 +55,9 @@ def train(
     monitor: Monitor | None = None,
 ) -> Run:
     """Train the recipe in `run` (default: runs/NAME beside the working directory), or go on with it there."""
-    value = read_recipe(recipe, overrides)
+    value, task = open_recipe(recipe, overrides)
     directory = Path(run) if run is not None else Path("runs") / Path(recipe).stem
-    return run_loop(value, task_of(value), directory, monitor=monitor, allow=allow)
+    return run_loop(value, task, directory, monitor=monitor, allow=allow)
 
 
 def resume(
@@ -62,5 +74,5 @@ def resume(
         raise RecipeError(
             f"{str(directory)!r} is not a run directory", fix="it would hold recipe.yaml; begin one with thawline train"
         )
-    value = read_recipe(files.recipe, overrides)
-    return run_loop(value, task_of(value), files.path, monitor=monitor, allow=allow, from_step=step)
+    value, task = open_recipe(files.recipe, overrides)
+    return run_loop(value, task, files.path, monitor=monitor, allow=allow, from_step=step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -68,6 +69,27 @@ def alignment(reference: str, hypothesis: str) -> list[dict[str, str]]:
             h = hyp[chunk.hyp_start_idx + i] if chunk.hyp_start_idx + i < chunk.hyp_end_idx else ""
             rows.append({"op": chunk.type, "ref": r, "hyp": h})
     return rows
+
+
+def errors_of(reference: str, hypothesis: str) -> int:
+    """Word errors of one utterance."""
+    return sum(row["op"] != "equal" for row in alignment(reference, hypothesis))
+
+
+def confusions(alignments: Sequence[Sequence[Mapping[str, str]]], *, most: int = 20) -> dict[str, list[dict[str, Any]]]:
+    """The commonest errors over utterances by kind (substitute, delete, insert): rows of {"ref", "hyp", "count"}."""
+    counts: dict[str, Counter[tuple[str, str]]] = {kind: Counter() for kind in ("substitute", "delete", "insert")}
+    for rows in alignments:
+        for row in rows:
+            if row["op"] != "equal":
+                counts[row["op"]][row["ref"], row["hyp"]] += 1
+    return {
+        kind: [
+            {"ref": ref, "hyp": hyp, "count": n}
+            for (ref, hyp), n in sorted(found.items(), key=lambda item: (-item[1], item[0]))[:most]
+        ]
+        for kind, found in counts.items()
+    }
 
 
 def _edits(refs: Sequence[str], hyps: Sequence[str]) -> dict[str, int]:

@@ -7,8 +7,8 @@ name (`optimizer_state`). Engines of several processes take the same place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from thawline.errors import RecipeError
+from thawline.freeze import doctor
 from thawline.freeze.apply import keep_rows, mask_gradients_, put_rows_back_
 from thawline.freeze.groups import optimizer_state_by_name, param_groups, restore_optimizer_
 from thawline.freeze.resolve import Resolution
@@ -59,6 +60,7 @@ class Engine:
     optimizer: torch.optim.Optimizer = field(init=False)
     trainables: dict[str, nn.Parameter] = field(init=False)
     parked: dict[str, Tensor] = field(init=False, default_factory=dict)
+    _looked: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.model.to(self.device)
@@ -72,6 +74,28 @@ class Engine:
         if self.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
+
+    @contextmanager
+    def first_look(self) -> Iterator[Look]:
+        """Goes around the passes of a step; in the first step of the phase the doctor watches."""
+        if self._looked:
+            yield Look(None, self)
+            return
+        self._looked = True
+        with doctor.watch(self.model, self.resolution) as seen:
+            yield Look(seen, self)
+
+    def keep_buffers(self) -> dict[str, Tensor]:
+        """Copies of the buffers that a forward pass may change (BatchNorm's statistics)."""
+        moving = set(self.resolution.moving_buffers)
+        return {name: b.detach().clone() for name, b in self.model.named_buffers() if name in moving}
+
+    @torch.no_grad()
+    def put_buffers_back_(self, kept: Mapping[str, Tensor]) -> None:
+        """Undo what the forward passes of a step that does not count did to the buffers."""
+        for name, buffer in self.model.named_buffers():
+            if name in kept:
+                buffer.copy_(kept[name])
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -97,6 +121,21 @@ class Engine:
     def restore_optimizer_(self, state: Mapping[str, Tensor]) -> None:
         """Attach state by name; that of what does not train in this phase is parked, and captured again."""
         self.parked = restore_optimizer_(self.optimizer, state)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the doctor saw of one step, if it watched."""
+
+    seen: doctor.Watch | None
+    engine: Engine
+
+    def findings(self) -> tuple[doctor.Finding, ...]:
+        """Findings while the gradients are still there; none where nobody watched."""
+        if self.seen is None:
+            return ()
+        engine = self.engine
+        return tuple(doctor.after_first_step(engine.model, engine.resolution, self.seen, engine.optimizer))
 
 
 def _optimizer(optim: OptimSettings, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -47,7 +47,8 @@ class Law:
     plan:   written out for this model (presets and layer lists expanded)
     phases: the resolution of every phase of the plan
     base:   the base as it was loaded, before adapters and replaced norms
-    start:  digests of every parameter and buffer before the first step, of the shaped model
+    starts: digests of every parameter and buffer before the first step, of the shaped model; one a phase, because which
+            rows of a tensor count as frozen belongs to the phase
     entered: the highest phase entered so far
     """
 
@@ -55,7 +56,7 @@ class Law:
     seed: int
     phases: tuple[Resolution, ...]
     base: BaseRef
-    start: Snapshot
+    starts: tuple[Snapshot, ...]
     entered: int = field(default=0)
 
     @classmethod
@@ -68,7 +69,11 @@ class Law:
             files.path.mkdir(parents=True, exist_ok=True)
             base.write(files.base)
         phases = shape_(model, plan, seed=seed)
-        return cls(plan.expanded(index_of(model)), seed, phases, base, snapshot(model))
+        if any(r.rows for r in phases):
+            starts = tuple(snapshot(model, r) for r in phases)
+        else:
+            starts = (snapshot(model),) * len(phases)
+        return cls(plan.expanded(index_of(model)), seed, phases, base, starts)
 
     def enter(self, model: nn.Module, phase: int) -> Resolution:
         """Put the phase in force: requires_grad, modes, stale gradients."""
@@ -92,7 +97,8 @@ class Law:
     def audit(self, model: nn.Module, *, stepped: bool | None = None) -> AuditReport:
         """Hold the model as it is against what it was, under every phase entered."""
         resolutions = self.phases[: self.entered + 1]
-        return audit(self.start, snapshot(model), resolutions, stepped=stepped)
+        now = snapshot(model, self.phases[self.entered])
+        return audit(self.starts[self.entered], now, resolutions, stepped=stepped)
 
     def restore_(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         """Lay a checkpoint's tensors over the shaped base; every tensor is accounted for."""

@@ -105,6 +105,7 @@ def _step(session: Session, batch: GlobalBatch) -> None:
             step=state.step,
             rate=rate,
         )
+        session.heed(result.findings)
     applied = result is not None and result.applied
     session.state = replace(
         state,

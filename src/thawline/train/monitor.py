@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO
 
 
+_COUNTS = ("utterances", "words", "unreadable", "images", "samples")
+
+
 class Monitor(Protocol):
     """Told of everything; changes nothing."""
 
@@ -96,7 +99,8 @@ def terminal_monitor() -> Monitor:
 
 
 def _progress_text(row: Mapping[str, Any], speed: Mapping[str, float]) -> str:
-    text = f"epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  lr {row['lr']:.2e}"
+    loss = row["loss"] if isinstance(row["loss"], str) else f"{row['loss']:.4f}"  # "nan", or "empty" without samples
+    text = f"epoch {row['epoch']:.2f}  loss {loss}  lr {row['lr']:.2e}"
     if speed:
         text += f"  {speed['samples_per_s']:.1f} samples/s  {speed['memory_mb']:.0f} MB"
         if speed["loading_share"] > 0.3:
@@ -105,5 +109,10 @@ def _progress_text(row: Mapping[str, Any], speed: Mapping[str, float]) -> str:
 
 
 def _evaluation_text(row: Mapping[str, float]) -> str:
-    metrics = "  ".join(f"{k} {v:.4f}" for k, v in row.items() if k.startswith("valid/"))
-    return f"evaluated after step {row['step']:.0f}  {metrics}"
+    return f"evaluated after step {row['step']:.0f}  {metrics_text(row)}"
+
+
+def metrics_text(row: Mapping[str, float]) -> str:
+    """The held-back figures of an evaluation, rates first, counts left to the log."""
+    shown = {k.removeprefix("valid/"): v for k, v in row.items() if k.startswith("valid/")}
+    return "  ".join(f"{name} {value:.4f}" for name, value in shown.items() if name not in _COUNTS)

@@ -23,7 +23,9 @@ from thawline.core.rng import derive
 from thawline.core.span import Span
 from thawline.data.loader import BadSample, BatchRequest, LoadedBatch, Loader
 from thawline.data.sampler import Batching, BatchPlan, Cursor
-from thawline.errors import CheckpointError, RecipeError, ThawlineError
+from thawline.errors import CheckpointError, DataError, LawBroken, RecipeError, ThawlineError
+from thawline.freeze import doctor
+from thawline.freeze.doctor import Finding
 from thawline.freeze.schedule import Progress, phase_at, warmup_factor
 from thawline.train import rundir, schedule
 from thawline.train.clock import Clock
@@ -36,6 +38,8 @@ from thawline.train.rundir import RunDirectory
 from thawline.train.seeding import seed_all
 from thawline.train.state import RunState
 from thawline.train.task import Samples, Task
+
+_NOT_FINITE = "not-finite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,7 @@ class Session:
             files.event("resumed", step=state.step, grade=verdict.grade, reasons=list(verdict.reasons))
             because = f" ({'; '.join(verdict.reasons)})" if verdict.reasons else ""
             monitor.note(f"going on after step {state.step}: {verdict.grade}{because}")
+        _report_left_out(train_samples, recipe, files, monitor)
         files.rewind_metrics(state.step)
         engine = Engine(model, resolution, recipe.optim, device, recipe.run.precision)
         engine.restore_optimizer_(parked)
@@ -252,6 +257,7 @@ class Session:
         resolution = self.law.enter(self.model, phase)
         self.engine = Engine(self.model, resolution, self.recipe.optim, self.engine.device, self.recipe.run.precision)
         self.engine.restore_optimizer_(moments)
+        self.heed(doctor.before(self.model, resolution, self.engine.optimizer))
         self.files.event(
             "phase", step=self.state.step, phase=phase, trains=len(resolution.trainable_names), before=self.state.phase
         )
@@ -282,6 +288,16 @@ class Session:
         best, sign = settings.best, better_sign(self.recipe)
         scores = {} if best is None else {int(r["step"]): sign * r[best] for r in self.state.history}
         prune(self.files.checkpoints, Keep(last=settings.keep, best=len(scores) and 1), scores=scores, trusted=newest)
+
+    def heed(self, findings: Sequence[Finding]) -> None:
+        """Tell what the doctor found; an error ends the run now rather than with its last audit."""
+        for finding in findings:
+            self.files.event("doctor", step=self.state.step, **finding.to_dict())
+            self.monitor.note(str(finding))
+        # A gradient that is not finite is the step's own business: it is skipped and counted.
+        errors = [f for f in findings if f.severity == "error" and f.code != _NOT_FINITE]
+        if errors:
+            raise LawBroken(f"{errors[0].what}: {', '.join(errors[0].names)}", fix=errors[0].fix)
 
     def refuse_if_diverged(self) -> None:
         """Stop after `run.nonfinite_limit` skipped steps in a row: the weights are those before the first of them."""
@@ -390,6 +406,28 @@ def _global_batch(group: Sequence[LoadedBatch[Any]], following: Cursor) -> Globa
         keys=tuple(key for batch in whole for key in batch.keys),
         bad=tuple(sample for b in group for sample in b.bad),
     )
+
+
+def _report_left_out(samples: Samples, recipe: Recipe, files: RunDirectory, monitor: Monitor) -> None:
+    """List what the plan of batches leaves out; too many unreadable samples end the run before it begins."""
+    unreadable = [sample for sample in samples.left_out if sample.unreadable]
+    filtered = [sample for sample in samples.left_out if not sample.unreadable]
+    for sample in unreadable:
+        files.event("bad sample", step=0, key=sample.key, reason=sample.reason)
+        monitor.note(f"left out sample {sample.key}: {sample.reason}")
+    if filtered:
+        files.event("filtered", keys=[sample.key for sample in filtered], first=filtered[0].reason)
+        monitor.note(
+            f"the filter leaves out {len(filtered)} samples, the first ({filtered[0].key}): {filtered[0].reason}"
+        )
+    total = len(samples) + len(unreadable)
+    if len(unreadable) > 1 and len(unreadable) > recipe.data.max_bad * total:
+        raise DataError(
+            f"{len(unreadable)} of {total} samples cannot be read, more than the stated share of "
+            f"{recipe.data.max_bad:.1%}; the first: {unreadable[0].reason}",
+            where=str(recipe.path("data", "train")),
+            fix="`thawline data check` lists them; mend or remove them, or raise data.max_bad",
+        )
 
 
 def _base_model(recipe: Recipe, task: Task, files: RunDirectory) -> tuple[Recipe, nn.Module]:

@@ -61,6 +61,17 @@ class PlainSums:
     metrics: Mapping[str, tuple[Tensor, Tensor]]
 
 
+class LeftOut(Protocol):
+    """A sample that the plan of batches does not contain: filtered, or found unreadable before training began."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def unreadable(self) -> bool: ...
+
+
 class Samples(Protocol):
     """Samples by number. `read` is a pure function of (id, epoch) and the global generators seeded for it."""
 
@@ -70,6 +81,8 @@ class Samples(Protocol):
     def length(self, id: int) -> float: ...
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def left_out(self) -> Sequence[LeftOut]: ...
 
 
 @dataclass(frozen=True, slots=True)

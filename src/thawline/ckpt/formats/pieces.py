@@ -29,7 +29,8 @@ ITEM_BYTES: Final[Mapping[str, int]] = {
 """Bytes per element by the element type's name in the safetensors spelling."""
 
 CHUNK_BYTES: Final = 4 << 20
-_RELEASED: Final = 256 << 10
+_RELEASED: Final = 16 << 20  # each release interrupts the other cores
+_RELEASED_LAST: Final = 256 << 10
 _GATHER: Final = 1 << 15  # elements gathered at a time from a non-contiguous view: its index table stays in the cache
 _MAX_ELEMENTS: Final = 1 << 60  # products of shapes stay inside 64 bits
 
@@ -164,10 +165,15 @@ class Region:
             )
         return self.file.view(self.offset + start, self.offset + stop)
 
-    def release(self, start: int, stop: int) -> None:
-        """See `MappedFile.release`; not worth a call for little."""
-        if stop - start >= _RELEASED:
+    def release(self, start: int, stop: int, *, last: bool) -> int:
+        """Let go of the pages of bytes [start, stop) if they are worth a call; returns what is still to be let go.
+
+        last: nothing follows, so little is worth it too
+        """
+        if stop - start >= _RELEASED or (last and stop - start >= _RELEASED_LAST):
             self.file.release(self.offset + start, self.offset + stop)
+            return stop
+        return start
 
     def check(self) -> None:
         """Compare the stretch with its checksum, once. Raises CheckpointError naming it."""
@@ -177,10 +183,11 @@ class Region:
             self.file.check_size()
             if self.crc is not None:
                 found = 0
+                released = 0
                 for start in range(0, self.nbytes, CHUNK_BYTES):
                     stop = min(start + CHUNK_BYTES, self.nbytes)
                     found = zlib.crc32(self.view(start, stop), found)
-                    self.release(start, stop)
+                    released = self.release(released, stop, last=stop == self.nbytes)
                 if found != self.crc:
                     raise CheckpointError(
                         f"{self.label} is altered: CRC-32 {found:08x} instead of {self.crc:08x}",
@@ -303,11 +310,12 @@ def _stored_chunks(parts: Sequence[Part], item: int, chunk_bytes: int) -> Iterat
     step = max(chunk_bytes // item, 1)
     for part in parts:
         if isinstance(part, Linear):
+            released = part.offset
             for start in range(0, part.count, step):
                 stop = min(start + step, part.count)
                 begin, end = part.offset + start * item, part.offset + stop * item
                 yield part.region.view(begin, end)
-                part.region.release(begin, end)
+                released = part.region.release(released, end, last=stop == part.count)
         elif isinstance(part, Zeros):
             zeros = memoryview(bytes(min(step, part.count) * item))
             for start in range(0, part.count, step):

@@ -31,6 +31,9 @@ from thawline.errors import CheckpointError
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL: Final = 1001
 _MAX_DEPTH: Final = 8
+_MOST_EXPANDED: Final = 4096
+_SMALL_BYTES: Final = 64 << 20
+"""A view may repeat its data (stride zero): up to this size always, beyond it only so many times over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,12 @@ class TorchArchive:
                 f"a tensor of shape {tensor.shape} reaches past the end of {region.label}",
                 where=self.where,
                 fix="the file is damaged: copy it again",
+            )
+        if count * item > max(stated * _MOST_EXPANDED, _SMALL_BYTES):
+            raise CheckpointError(
+                f"a tensor of shape {tensor.shape} repeats the {stated} bytes of {region.label} without end",
+                where=self.where,
+                fix="do not trust this file; an expanded tensor has to be saved dense",
             )
         offset = (first + tensor.offset) * item
         if count == 0:

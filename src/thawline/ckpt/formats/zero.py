@@ -43,6 +43,8 @@ MODULE: Final = "module"
 FROZEN: Final = "frozen fragment"
 BUFFER: Final = "buffer"
 
+_MAX_RANKS: Final = 1 << 20
+
 _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 _OTHER_PARALLEL = re.compile(r"(?:layer_\d+-model_|expert_\d+_|layer_\d+_expert_).*\.pt")
@@ -167,7 +169,11 @@ class _Shards:
     def world(self) -> int:
         """Number of ranks that wrote the checkpoint."""
         value = self.state("dp_world_size")
-        return value if isinstance(value, int) else max(len(self.optim), 1)
+        if value is None:
+            return max(len(self.optim), 1)
+        if type(value) is not int or not 1 <= value <= _MAX_RANKS:
+            raise self.bad(f"states {value!r} ranks", self.model[0].file.path)
+        return value
 
     def archives(self) -> tuple[TorchArchive, ...]:
         return (*self.model, *self.optim, *self.universal.values())

@@ -194,6 +194,32 @@ class VideoChatConfig:
         qformer = dataclasses.replace(self.qformer, text_input=False)
         return dataclasses.replace(self, qformer=qformer, lora=None, bos="embedding")
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `config_from_json` gives the value back."""
+        return dataclasses.asdict(self)
+
+
+def config_from_json(data: Mapping[str, Any], *, where: str = "") -> VideoChatConfig:
+    """The configuration that `VideoChatConfig.to_json` wrote. Raises RecipeError for unknown keys and odd values.
+
+    >>> config_from_json(VideoChatConfig(lora=LoraConfig(r=4)).to_json()).lora.r
+    4
+    """
+    inner = dict(data)
+    try:
+        inner["vision"] = VisionConfig(**inner.get("vision", {}))
+        inner["qformer"] = QFormerConfig(**inner.get("qformer", {}))
+        if inner.get("lora") is not None:
+            inner["lora"] = LoraConfig(**{**inner["lora"], "targets": tuple(inner["lora"].get("targets", ()))})
+        if inner.get("tiles") is not None:
+            inner["tiles"] = TileConfig(**inner["tiles"])
+        made = VideoChatConfig(**inner)
+    except (TypeError, AttributeError) as exc:
+        raise RecipeError(f"the model's configuration cannot be read: {exc}", where=where) from exc
+    if made.family not in FAMILIES:
+        raise RecipeError(f"unknown family {made.family!r}", where=where, fix=f"known: {', '.join(FAMILIES)}")
+    return made
+
 
 def from_upstream(
     model: Mapping[str, Any], *, family: Family, bert: Mapping[str, Any] | None = None, vocab_size: int | None = None

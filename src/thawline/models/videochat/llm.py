@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,10 @@ def load_llm(folder: Path, *, dtype: str = "float32") -> nn.Module:
     family_of(folder)
     transformers = need("transformers", extra="hf")
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
-        )
+        with _quietly(transformers):
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, local_files_only=True, trust_remote_code=False
+            )
     except (OSError, ValueError, RuntimeError) as exc:
         raise CheckpointError(
             f"the language model does not load: {str(exc).splitlines()[0]}",
@@ -75,6 +77,19 @@ def load_llm(folder: Path, *, dtype: str = "float32") -> nn.Module:
         )
     loaded: nn.Module = model
     return loaded
+
+
+@contextmanager
+def _quietly(transformers: Any) -> Iterator[None]:
+    """Without transformers' progress bar, which writes into the middle of our own words."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def random_llm(folder: Path, *, dtype: str = "float32") -> nn.Module:

@@ -264,15 +264,12 @@ def load_parts_(
 
 def copy_part_(model: nn.Module, part: PartReport, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Copy one accepted file into the model, tensor by tensor: for files larger than memory, after `account`."""
-    import torch
-
-    home = model.state_dict()
+    home = model.state_dict()  # detached, so writing needs no guard against autograd
     homes = {canonical(name): name for name in home}
     wanted = set(part.loaded)
-    with torch.no_grad():
-        for name, tensor in tensors:
-            if name in wanted:
-                home[homes[canonical(name)]].copy_(tensor)
+    for name, tensor in tensors:
+        if name in wanted:
+            home[homes[canonical(name)]].copy_(tensor.detach())
 
 
 def upstream_delta(model: nn.Module, trainable: Iterable[str]) -> dict[str, Tensor]:

@@ -17,6 +17,10 @@ from thawline.models.videochat.config import VideoChatConfig
 Compat = Literal["thawline", "upstream"]
 
 
+DEAD_END = ("qformer.bert.encoder.layer[-1].intermediate", "qformer.bert.encoder.layer[-1].output")
+"""Where the instruction's words end: the projection reads the queries only."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Switches:
     """Upstream's names and defaults. freeze_lora exists in no upstream release; issue 235 added it by hand.
@@ -65,6 +69,16 @@ def plan_of(switches: Switches, config: VideoChatConfig, *, compat: Compat = "th
         pinned.append("qformer")
     else:
         train += ["qformer", "query_tokens"]
+        if config.qformer.text_input:
+            if not upstream:
+                train += [f"!{dead}" for dead in DEAD_END]
+            notes.append(
+                "the text half of the Q-Former's last layer trains upstream, with a gradient of exactly 0: only weight "
+                "decay moves it, and the audit will name what does not move"
+                if upstream
+                else "the text half of the Q-Former's last layer is frozen: nothing reads it, so its gradient is "
+                "exactly 0; upstream lets weight decay shrink it (compat: upstream)"
+            )
     if extra:
         if not switches.freeze_qformer or upstream:
             train.append("extra_query_tokens")

@@ -1,0 +1,27 @@
+"""Which task a model belongs to, told from its files, so that a verb knows whom to ask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from thawline.core.config import read_yaml
+from thawline.tasks.videochat_home import recognises
+from thawline.tasks.vision_home import describes
+from thawline.train.rundir import RunDirectory
+
+
+def kind_of(path: Path | str) -> str:
+    """The task (`speech`, `vision`, `videochat`) of a run directory, a checkpoint in one, or a model directory.
+
+    A run says so in its recipe. What is not recognised counts as speech, whose loader says best what is wrong.
+    """
+    path = Path(path).expanduser().absolute()
+    for folder in (path, path.parent.parent, path.parent):
+        recipe = RunDirectory(folder).recipe
+        if recipe.is_file():
+            data = read_yaml(recipe).data
+            if isinstance(data, dict) and "task" in data:
+                return str(data["task"])
+    if recognises(path):
+        return "videochat"
+    return "vision" if path.is_dir() and describes(path) else "speech"

@@ -1,0 +1,193 @@
+"""Questions about a video, answered by a model: what `thawline chat` and a page that answers share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from thawline.core.config import near_names
+from thawline.data.conversation import TEMPLATES, Dialogue, Media, Template, Turn, read_dialogues
+from thawline.data.loader import BatchRequest, Loader
+from thawline.data.sampler import Batching, BatchPlan, Cursor
+from thawline.data.video import prepare, read_image, read_video, to_tiles
+from thawline.data.videochat import ChatBatch, ChatSample, ChatSamples
+from thawline.errors import DataError
+from thawline.models.videochat.build import Opened
+from thawline.models.videochat.chat import Answer, Sampling, chat, look
+from thawline.tasks.videochat import evaluate
+from thawline.tasks.videochat_home import ChatHome
+from thawline.tasks.videochat_loading import open_chat
+from thawline.train.engine import pick_device
+from thawline.train.task import Evaluation
+
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A file as the model is shown it: kind, clip (T, 3, H, W), and when its frames were taken (None for an image)."""
+
+    path: Path
+    kind: Media
+    clip: Tensor
+    times_s: tuple[float, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatModel:
+    """A model with its tokenizers, ready to be asked."""
+
+    opened: Opened
+    home: ChatHome
+
+    @classmethod
+    def open(
+        cls,
+        model: Path | str,
+        *,
+        base: Path | str | None = None,
+        frames: int | None = None,
+        dtype: str = "",
+        device: str = "auto",
+    ) -> ChatModel:
+        """Load a model as `videochat_loading.open_chat`.
+
+        frames: of a video, in place of the model's own number
+        device: auto takes the GPU where there is one
+        """
+        opened, home = open_chat(Path(model), None if base is None else Path(base), dtype=dtype)
+        return cls.of(opened, home, frames=frames, device=device)
+
+    @classmethod
+    def of(cls, opened: Opened, home: ChatHome, *, frames: int | None = None, device: str = "auto") -> ChatModel:
+        """From what is loaded already."""
+        opened.model.to(pick_device(device))
+        if frames is not None:
+            home = dataclasses.replace(home, clips=dataclasses.replace(home.clips, frames=frames))
+        return cls(opened, home)
+
+    @property
+    def template(self) -> Template:
+        return TEMPLATES[self.home.config.family]
+
+    def see(self, file: Path | str) -> Seen:
+        """Read a video or an image. Raises DataError where there is none, or it cannot be read."""
+        path = Path(file).expanduser()
+        if not path.is_file():
+            near = near_names(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else []
+            raise DataError(
+                "no such video or image",
+                where=str(path),
+                fix=f"did you mean {path.parent / near[0]}?" if near else "check the path",
+            )
+        settings = self.home.clips
+        is_image = path.suffix.lower() in _IMAGES
+        read = read_image(path) if is_image else read_video(path, settings.frames, "uniform")
+        if settings.max_tiles:
+            clip = to_tiles(
+                read.frames,
+                settings.size,
+                settings.max_tiles,
+                padding=settings.tile_padding,
+                normalisation=settings.normalisation,
+            )
+        else:
+            clip = prepare(read.frames, settings.size, normalisation=settings.normalisation)
+        return Seen(path, "image" if is_image else "video", clip, read.times_s or None)
+
+    def talk(self, seen: Seen, *, instruction: str = "", sampling: Sampling | None = None) -> Talk:
+        """A conversation about one file."""
+        return Talk(self, seen, instruction, sampling or Sampling())
+
+    def evaluate(
+        self, data: Path | str, *, batch_size: int = 1, workers: int = 0, limit: int | None = None
+    ) -> Evaluation:
+        """Loss and token accuracy on an instruction file; a row a sample with `batch_size` 1. Unreadable samples are
+        counted as `unreadable`."""
+        samples = self.samples(Path(data))
+        count = len(samples) if limit is None else min(limit, len(samples))
+        plan = BatchPlan(count, seed=0, batching=Batching(size=batch_size), length=samples.length, shuffle=False)
+        unreadable = 0
+
+        def batches() -> Iterator[ChatBatch]:
+            nonlocal unreadable
+            requests = (BatchRequest(epoch=0, cursor=c, ids=ids) for c, ids in plan.batches(Cursor()))
+            loader: Loader[ChatSample, ChatBatch]
+            with Loader(samples, seed=0, workers=workers) as loader:
+                for loaded in loader.iterate(requests):
+                    unreadable += len(loaded.bad)
+                    if loaded.batch is not None:
+                        yield loaded.batch.to(self.opened.model.device)
+
+        with torch.inference_mode():
+            result = evaluate(self.opened.model, batches())
+        return Evaluation({**result.metrics, "unreadable": float(unreadable)}, result.rows)
+
+    def samples(self, data: Path) -> ChatSamples:
+        """The samples of an instruction file as they are for evaluation."""
+        config = self.home.config
+        return ChatSamples(
+            read_dialogues(data),
+            template=self.template,
+            tokenizer=self.opened.tokenizer,
+            instruction_tokenizer=self.opened.instruction_tokenizer,
+            settings=self.home.clips,
+            training=False,
+            seed=0,
+            max_text_tokens=config.max_text_tokens,
+            padding=config.qformer.padding,
+            visual_tokens=config.qformer.all_queries,
+        )
+
+
+class Talk:
+    """Questions and answers so far about one file. The file is looked at once, with the first question."""
+
+    def __init__(self, model: ChatModel, seen: Seen, instruction: str, sampling: Sampling) -> None:
+        self.model = model
+        self.seen = seen
+        self.instruction = instruction
+        self.sampling = sampling
+        self.turns: tuple[Turn, ...] = ()
+        self._visual: list[Tensor] | None = None
+
+    def ask(self, question: str, *, on_text: Callable[[str], None] | None = None) -> Answer:
+        """The answer to `question`, told piece by piece to `on_text`; it joins the conversation."""
+        opened, template = self.model.opened, self.model.template
+        turns = (*self.turns, Turn(question=question, answer=""))
+        if self._visual is None:
+            self._visual = look(
+                opened.model,
+                [self.seen.clip],
+                instruction=self._words(turns),
+                instruction_tokenizer=opened.instruction_tokenizer,
+            )
+        prompt: Sequence[str] = template.prompt(
+            question,
+            kind=self.seen.kind,
+            history=self.turns,
+            instruction=self.instruction,
+            times_s=self.seen.times_s if self.model.home.clips.say_times else None,
+        )
+        answer = chat(
+            opened.model,
+            [self.seen.clip],
+            prompt,
+            tokenizer=opened.tokenizer,
+            stop=template.stop,
+            sampling=self.sampling,
+            on_text=on_text,
+            visual=self._visual,
+        )
+        self.turns = (*self.turns, Turn(question=question, answer=answer.text))
+        return answer
+
+    def _words(self, turns: tuple[Turn, ...]) -> str:
+        """What the Q-Former reads: the instruction, for some families with the first question."""
+        asked = Dialogue(key="", kind=self.seen.kind, media=("",), instruction=self.instruction, turns=turns)
+        return self.model.template.render(asked).instruction

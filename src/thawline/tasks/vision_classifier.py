@@ -1,0 +1,138 @@
+"""A classifier ready to use: images in, classes out, and its score on a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from thawline.ckpt.load import Checkpoint, read_checkpoint, read_newest
+from thawline.core.config import near_names
+from thawline.data.image import read_pixels
+from thawline.data.image_transforms import seen
+from thawline.data.loader import BatchRequest, Loader
+from thawline.data.sampler import Batching, BatchPlan, Cursor
+from thawline.errors import CheckpointError, DataError
+from thawline.models.vision.architecture import logits_of
+from thawline.tasks.vision import VisionTask, evaluate, labelled
+from thawline.tasks.vision_home import VisionHome, find_head_of
+from thawline.train.law import Law
+from thawline.train.recipe import read_recipe
+from thawline.train.rundir import RunDirectory
+from thawline.train.task import Evaluation
+
+
+def load_classifier(path: Path | str, base: Path | str | None = None) -> tuple[nn.Module, VisionHome]:
+    """The classifier at `path`, in eval mode, and what its files say of it.
+
+    path: an exported or Hugging Face directory, a weights file, a run directory (its result, or where there is none
+          yet its newest whole checkpoint), or a checkpoint in a run directory
+    base: the base of a run, where it is no longer where the run found it
+
+    A checkpoint's head and layers come about through its run's recipe, so one that was taken out of its run is refused.
+    """
+    path = Path(path).expanduser().absolute()
+    run = RunDirectory(path)
+    if run.begun:
+        if run.finished and base is None:
+            return load_classifier(run.model)
+        return _at_checkpoint(run, read_newest(run.checkpoints, report=_nobody), base)
+    if (path / "delta.safetensors").is_file():
+        owner = RunDirectory(path.parent.parent)
+        if not owner.begun:
+            raise CheckpointError(
+                "a checkpoint without its run: the recipe that says what its head is, is not there",
+                where=str(path),
+                fix="leave it in RUN/checkpoints, or use the run's exported model/",
+            )
+        return _at_checkpoint(owner, read_checkpoint(path), base)
+    home = VisionHome.of(path)
+    model = home.load()
+    return model, find_head_of(home, model, "")
+
+
+def _at_checkpoint(run: RunDirectory, checkpoint: Checkpoint, base: Path | str | None) -> tuple[nn.Module, VisionHome]:
+    overrides = {} if base is None else {"model": str(Path(base).expanduser().absolute())}
+    recipe = read_recipe(run.recipe, overrides)
+    if (run.path / "base").is_dir() and base is None:  # a random start was written down as a base
+        recipe = recipe.model_copy(update={"model": str(run.path / "base"), "init": "pretrained"})
+    task = VisionTask()
+    model = task.build(recipe)
+    law = Law.open(recipe.plan, model, run, seed=recipe.run.seed, source=recipe.path("model"))
+    law.restore_(model, checkpoint)
+    return model.eval(), task.vision_home
+
+
+def _nobody(message: str) -> None:
+    """The damaged checkpoints that were passed over are the trainer's concern."""
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What an image was taken for: classes with their probabilities, likeliest first."""
+
+    file: str
+    classes: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """A model with its classes and its input."""
+
+    model: nn.Module
+    home: VisionHome
+
+    @classmethod
+    def open(cls, path: Path | str, *, base: Path | str | None = None) -> Classifier:
+        """Load whatever `load_classifier` knows."""
+        return cls(*load_classifier(path, base))
+
+    @torch.inference_mode()
+    def predict(self, files: Sequence[Path | str], *, top: int = 5, batch_size: int = 32) -> list[Guess]:
+        """The likeliest classes of each image file, in order. Raises DataError naming the first that cannot be read."""
+        guesses: list[Guess] = []
+        for start in range(0, len(files), batch_size):
+            part = files[start : start + batch_size]
+            images = torch.stack([seen(read_pixels(_existing(Path(file))), self.home.input) for file in part])
+            chances = logits_of(self.model, images).float().softmax(-1)
+            best = chances.topk(min(top, chances.shape[-1]), dim=-1)
+            for file, values, numbers in zip(part, best.values.tolist(), best.indices.tolist(), strict=True):
+                named = tuple((self.home.classes[n], value) for n, value in zip(numbers, values, strict=True))
+                guesses.append(Guess(str(file), named))
+        return guesses
+
+    def evaluate(
+        self, data: Path | str, *, batch_size: int = 32, workers: int = 0, limit: int | None = None
+    ) -> Evaluation:
+        """Accuracy on a data set, and a row an image. What cannot be read is counted as `unreadable`."""
+        samples = labelled(Path(data), self.home)
+        count = len(samples) if limit is None else min(limit, len(samples))
+        plan = BatchPlan(count, seed=0, batching=Batching(size=batch_size), length=None, shuffle=False)
+        unreadable = 0
+
+        def batches() -> Iterator[Any]:
+            nonlocal unreadable
+            requests = (BatchRequest(epoch=0, cursor=c, ids=ids) for c, ids in plan.batches(Cursor()))
+            with Loader(samples, seed=0, workers=workers) as loader:
+                for loaded in loader.iterate(requests):
+                    unreadable += len(loaded.bad)
+                    if loaded.batch is not None:
+                        yield loaded.batch
+
+        result = evaluate(self.model, self.home.classes, batches())
+        return Evaluation({**result.metrics, "unreadable": float(unreadable)}, result.rows)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        near = near_names(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else []
+        raise DataError(
+            "no such image file",
+            where=str(path),
+            fix=f"did you mean {path.parent / near[0]}?" if near else "check the path",
+        )
+    return path

@@ -1,0 +1,93 @@
+"""Whisper base on real speech, against transformers' own pipeline. Skipped where its weights are absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from thawline.data.audio import read_audio
+from thawline.tasks.recognition import Recognizer
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def weights() -> Path:
+    """Whisper base in Hugging Face's layout, weights included."""
+    folder = Path(os.environ.get("THAWLINE_WHISPER_BASE", ""))
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip("set THAWLINE_WHISPER_BASE to a folder of openai/whisper-base with model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recognizer(weights: Path) -> Recognizer:
+    return Recognizer.open(weights)
+
+
+@pytest.fixture(scope="module")
+def theirs(weights: Path) -> tuple[Any, Any]:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.WhisperForConditionalGeneration.from_pretrained(weights, dtype=torch.float32).eval()
+    return model, transformers.WhisperProcessor.from_pretrained(weights)
+
+
+def clips(shared: Path) -> list[Path]:
+    rows = [json.loads(line) for line in (shared / "data/an4/dev.list").read_text().splitlines()]
+    return [
+        shared / "parity/fbank/librispeech-1995-1837-0001.wav",
+        *(shared / "data/an4" / rows[i]["wav"] for i in (0, 40, 80)),
+    ]
+
+
+def test_greedy_tokens_are_those_of_transformers(shared: Path, recognizer: Recognizer, theirs: tuple[Any, Any]) -> None:
+    model, processor = theirs
+    files = clips(shared)
+    ours = list(recognizer.transcripts(files))
+    for file, found in zip(files, ours, strict=True):
+        inputs = processor(read_audio(file), sampling_rate=16000, return_tensors="pt", return_attention_mask=True)
+        with torch.no_grad():
+            ids = model.generate(inputs.input_features, attention_mask=inputs.attention_mask)[0].tolist()
+        text = [token for token in ids if token < processor.tokenizer.eos_token_id]
+        assert list(found.tokens) == text, file.name
+        assert found.text == processor.tokenizer.decode(text, skip_special_tokens=True).strip()
+    assert "great sorrow of his life" in ours[0].text
+
+
+def test_a_long_recording_follows_the_time_marks_as_transformers_does(
+    shared: Path, recognizer: Recognizer, theirs: tuple[Any, Any], tmp_path: Path
+) -> None:
+    soundfile = pytest.importorskip("soundfile")
+    one = read_audio(clips(shared)[0])
+    whole = np.concatenate([one, np.zeros(8000, np.float32)] * 4)  # 37 s
+    soundfile.write(tmp_path / "long.wav", whole, 16000, subtype="FLOAT")
+    found = next(recognizer.with_options(language="en").transcripts([tmp_path / "long.wav"]))
+    model, processor = theirs
+    inputs = processor(
+        whole, sampling_rate=16000, return_tensors="pt", truncation=False, padding="longest", return_attention_mask=True
+    )
+    with torch.no_grad():
+        out = model.generate(**inputs, return_timestamps=True, return_segments=True, language="en", task="transcribe")
+    segments = out["segments"][0]
+    assert [s.text for s in found.segments] == [
+        processor.tokenizer.decode(s["tokens"], skip_special_tokens=True).strip() for s in segments
+    ]
+    assert [s.start_s for s in found.segments] == pytest.approx([float(s["start"]) for s in segments])
+    assert found.segments[-1].start_s > 28
+
+
+def test_the_verb_prints_nothing_on_standard_error(shared: Path, weights: Path) -> None:
+    argv = ["transcribe", str(weights), str(clips(shared)[0]), "--language", "en", "--json", "--srt"]
+    program = f"import sys; from thawline.cli.app import run; sys.exit(run({argv[:-1]!r}))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert json.loads(done.stdout)["transcripts"][0]["language"] == "en"

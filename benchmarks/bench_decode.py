@@ -103,12 +103,13 @@ def main() -> None:
     lines = [
         "# Decoding",
         "",
-        f"`python benchmarks/bench_decode.py --utterances {settings.utterances} --seconds {settings.seconds:g}`, "
-        f"{date.today()}; {os.cpu_count()} cores ({platform.machine()}), {platform.system()}, Python "
-        f"{platform.python_version()}, torch {torch.__version__}, one thread. Load average {os.getloadavg()[0]:.1f}.",
+        f"`python benchmarks/bench_decode.py --utterances {settings.utterances} --seconds {settings.seconds:g}`",
         "",
-        f"CTC prefix beam search, {settings.utterances} utterances of {settings.seconds:g} s "
-        f"({scores.size(1)} encoder frames), 1000 labels, CPU seconds in all:",
+        f"{date.today()}; {os.cpu_count()} cores ({platform.machine()}), {platform.system()}, one thread used;",
+        f"Python {platform.python_version()}, torch {torch.__version__}. Load average {os.getloadavg()[0]:.1f}.",
+        "",
+        f"CTC prefix beam search, {settings.utterances} utterances of {settings.seconds:g} s, 1000 labels.",
+        f"{scores.size(1)} encoder frames each; CPU seconds in all:",
         "",
         "| beam | ours, one batch | plain Python search | times faster | equal n-best and times |",
         "|---|---|---|---|---|",
@@ -119,8 +120,8 @@ def main() -> None:
         print(lines[-1], flush=True)
     lines += [
         "",
-        "Streaming, U2++ conformer of 12 layers of 256 (48 M parameters), encoder with caches, prefix beam of 10 and a "
-        "partial result after each chunk; 20 s of features, CPU milliseconds:",
+        "Streaming, U2++ conformer of 12 layers of 256, encoder with caches, prefix beam of 10,",
+        "a partial result after each chunk; 20 s of features, CPU milliseconds:",
         "",
         "| chunk (frames, s of sound) | left chunks | median per chunk | worst | rescoring at the end |",
         "|---|---|---|---|---|",
@@ -128,9 +129,8 @@ def main() -> None:
     model = streaming_model()
     for chunk, left in ((8, 8), (16, 4), (16, -1)):
         median, worst, final = latency(model, chunk, left)
-        lines.append(
-            f"| {chunk}, {chunk * 0.04:.2f} s | {left if left >= 0 else 'all'} | {median:.0f} | {worst:.0f} | {final:.0f} |"
-        )
+        history = str(left) if left >= 0 else "all"
+        lines.append(f"| {chunk}, {chunk * 0.04:.2f} s | {history} | {median:.0f} | {worst:.0f} | {final:.0f} |")
         print(lines[-1], flush=True)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     settings.out.write_text("\n".join(lines) + "\n", encoding="utf-8")

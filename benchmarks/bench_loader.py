@@ -2,9 +2,9 @@
 
     python benchmarks/bench_loader.py LIST... [--utterances 400] [--rounds 5] [--out benchmarks/results/loader.md]
 
-The floor is the kernels and nothing else: libsndfile, soxr (rate and speed), kaldi-native-fbank, two masks of time and of
-frequency by slices. Ours is the whole loader in one process: manifest row, checks for damage, keyed random numbers, the
-same kernels, targets, padding into batches. CPU time of one worker; the least of all rounds, which go in turn.
+The floor is the kernels and nothing else: libsndfile, soxr (rate and speed), kaldi-native-fbank, two masks of time and
+of frequency by slices. Ours is the whole loader in one process: manifest row, checks for damage, keyed random numbers,
+the same kernels, targets, padding into batches. CPU time of one worker; the least of all rounds, which go in turn.
 """
 
 from __future__ import annotations
@@ -98,12 +98,13 @@ def main() -> None:
     lines = [
         "# Loader",
         "",
-        f"`python benchmarks/bench_loader.py {' '.join(p.parent.name + '/' + p.name for p in settings.lists)} "
-        f"--utterances {settings.utterances} --rounds {settings.rounds}`, {date.today()}; {os.cpu_count()} cores "
-        f"({platform.machine()}), {platform.system()}, Python {platform.python_version()}, kaldi-native-fbank "
-        f"{knf.__version__}. Load average {os.getloadavg()[0]:.1f}.",
+        f"`python benchmarks/bench_loader.py {' '.join(p.parent.name + '/' + p.name for p in settings.lists)}`",
         "",
-        "Decoding, resampling, speed perturbation, 80 filter banks and SpecAugment; utterances per CPU second of one "
+        f"{date.today()}; {os.cpu_count()} cores ({platform.machine()}), {platform.system()}, one process;",
+        f"Python {platform.python_version()}. Load average {os.getloadavg()[0]:.1f}.",
+        f"At most {settings.utterances} utterances a set, the least of {settings.rounds} rounds.",
+        "",
+        "Decoding, resampling, speed perturbation, 80 filter banks and SpecAugment; utterances per CPU second of one",
         "worker. The floor is the same kernels called bare.",
         "",
         "| data | utterances | floor | ours | share of the floor | seconds of sound per second |",

@@ -10,6 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from thawline.api import Run as Run
+    from thawline.api import resume as resume
+    from thawline.api import train as train
     from thawline.ckpt.convert import ConversionReport as ConversionReport
     from thawline.ckpt.convert import convert as convert
     from thawline.errors import BaseMismatch as BaseMismatch
@@ -23,9 +26,6 @@ if TYPE_CHECKING:
     from thawline.freeze.audit import AuditReport as AuditReport
     from thawline.freeze.plan import FreezePlan as FreezePlan
     from thawline.tasks.loading import load as load
-    from thawline.tasks.runs import resume as resume
-    from thawline.tasks.runs import train as train
-    from thawline.train.loop import Run as Run
 
 _HOMES = {
     "AuditReport": "thawline.freeze.audit",
@@ -36,14 +36,14 @@ _HOMES = {
     "FreezePlan": "thawline.freeze.plan",
     "LawBroken": "thawline.errors",
     "RecipeError": "thawline.errors",
-    "Run": "thawline.train.loop",
+    "Run": "thawline.api",
     "SelectorError": "thawline.errors",
     "Stopped": "thawline.errors",
     "ThawlineError": "thawline.errors",
     "convert": "thawline.ckpt.convert",
     "load": "thawline.tasks.loading",
-    "resume": "thawline.tasks.runs",
-    "train": "thawline.tasks.runs",
+    "resume": "thawline.api",
+    "train": "thawline.api",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -313,3 +313,21 @@ def test_a_skipped_step_leaves_the_statistics_as_they_were(tmp_path: Path) -> No
     made = run(tmp_path, "run", everything)
     counted = load_file(made.dir / "model" / "weights.safetensors")["body.1.num_batches_tracked"]
     assert int(counted) == 11  # 13 micro-batches, two of them in the step that was skipped
+
+
+def test_a_run_takes_more_epochs_when_the_recipe_is_allowed_to_change(tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    first = run(tmp_path, "run", ["run.epochs=1", "run.checkpoint.best=null"])
+    before = sums(first.dir / "model")
+    longer = run(tmp_path, "run", ["run.checkpoint.best=null"], allow=["run.epochs"])
+    assert longer.step == 21
+    assert sums(longer.dir / "model") != before
+
+
+def test_going_back_gives_up_what_came_after(tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    run(tmp_path, "run", ["run.checkpoint.keep=100"])
+    with pytest.raises(Stopped):
+        run(tmp_path, "run", ["run.checkpoint.keep=100"], from_step=6, monitor=StopAfter(7))
+    kept = sorted(int(p.name[5:]) for p in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert kept == [3, 6, 7]

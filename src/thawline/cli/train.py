@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from thawline.cli.app import json_option
 from thawline.cli.output import give
+
+if TYPE_CHECKING:
+    from thawline.api import Run
 
 
 @click.command()
@@ -23,42 +26,53 @@ def train(
 
     Overrides are written key=value, e.g. optim.lr=3e-4; paths in them are relative to the working directory.
     """
-    from thawline.tasks.runs import train as start
+    from thawline.api import train as start
     from thawline.train.monitor import terminal_monitor
 
     run = start(recipe, list(overrides), run=directory, allow=allow, monitor=terminal_monitor())
-    _report(run.dir, run.step, dict(run.metrics), as_json)
+    _report(run, as_json)
 
 
 @click.command()
 @click.argument("directory", type=click.Path())
 @click.option("--step", type=int, help="Go back to the checkpoint of this step; later ones are given up.")
+@click.option("--fork", type=click.Path(), metavar="DIR", help="Go on in a new folder; the run stays as it is.")
+@click.option("--verify", type=int, default=0, metavar="K", help="First repeat the last K recorded steps and compare.")
 @click.option("--allow", multiple=True, metavar="KEY", help="Go on although this key of the recipe has changed.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @json_option
-def resume(directory: str, step: int | None, allow: tuple[str, ...], overrides: tuple[str, ...], as_json: bool) -> None:
+def resume(
+    directory: str,
+    step: int | None,
+    fork: str | None,
+    verify: int,
+    allow: tuple[str, ...],
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
     """Go on with the run in DIRECTORY from its newest whole checkpoint."""
-    from thawline.tasks.runs import resume as go_on
+    from thawline.api import resume as go_on
     from thawline.train.monitor import terminal_monitor
 
-    run = go_on(directory, list(overrides), step=step, allow=allow, monitor=terminal_monitor())
-    _report(run.dir, run.step, dict(run.metrics), as_json)
+    run = go_on(
+        directory, list(overrides), step=step, fork=fork, verify=verify, allow=allow, monitor=terminal_monitor()
+    )
+    _report(run, as_json)
 
 
-def _report(directory: Path, step: int, metrics: dict[str, float], as_json: bool) -> None:
-    figures = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k.startswith("valid/"))
-    from thawline.cli.report import leave
+def _report(run: Run, as_json: bool) -> None:
     from thawline.tasks.kinds import kind_of
+    from thawline.train.monitor import metrics_text
 
-    page = leave(directory)
+    page = run.report()
     verb, what = {"vision": ("predict", "IMAGE"), "videochat": ("chat", "VIDEO")}.get(
-        kind_of(directory), ("transcribe", "AUDIO")
+        kind_of(run.dir), ("transcribe", "AUDIO")
     )
     text = (
-        f"done after step {step}  {figures}\n"
-        f"  model    {directory / 'model'}\n"
-        f"  proof    thawline audit {directory}\n"
+        f"done after step {run.step}  {metrics_text(run.metrics)}\n"
+        f"  model    {run.dir / 'model'}\n"
+        f"  proof    thawline audit {run.dir}\n"
         f"  report   {page}\n"
-        f"  try it   thawline {verb} {directory} {what}"
+        f"  try it   thawline {verb} {run.dir} {what}"
     )
-    give({"dir": str(directory), "step": step, "metrics": metrics}, text, as_json=as_json)
+    give({"dir": str(run.dir), "step": run.step, "metrics": dict(run.metrics)}, text, as_json=as_json)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from thawline.ckpt.load import checkpoints, newest_whole, read_checkpoint
+from thawline.ckpt.store import atomic_dir
 from thawline.core.config import near_names
-from thawline.errors import RecipeError
+from thawline.errors import CheckpointError, LawBroken, RecipeError
 from thawline.train.loop import Run
 from thawline.train.loop import train as run_loop
 from thawline.train.monitor import Monitor
 from thawline.train.recipe import Recipe, read_recipe
-from thawline.train.rundir import RunDirectory
+from thawline.train.rundir import RunDirectory, read_rows
 from thawline.train.task import Task
 
 TASKS = {
@@ -65,14 +69,87 @@ def resume(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
     step: int | None = None,
+    fork: str | Path | None = None,
+    verify: int = 0,
     allow: Sequence[str] = (),
     monitor: Monitor | None = None,
 ) -> Run:
-    """Go on with the run in `directory`, from its newest whole checkpoint or from that of `step`."""
+    """Go on with the run in `directory`, from its newest whole checkpoint or from that of `step`.
+
+    fork:   go on in this new folder instead, and leave the run as it is
+    verify: first repeat (in a copy) the last so many recorded steps and compare bits; LawBroken names the first
+            that differs
+    """
+    files = _begun(directory)
+    if verify:
+        repeated = repeat_steps(files.path, verify, step=step)
+        if monitor is not None:
+            monitor.note(f"repeated the last {repeated} recorded steps: the same bits")
+    if fork is not None:
+        branch(files, RunDirectory(Path(fork).absolute()), step=step)
+        files, step = RunDirectory(Path(fork).absolute()), None
+    value, task = open_recipe(files.recipe, overrides)
+    return run_loop(value, task, files.path, monitor=monitor, allow=allow, from_step=step)
+
+
+def branch(files: RunDirectory, target: RunDirectory, *, step: int | None = None) -> int:
+    """Copy what a run is at its newest whole checkpoint, or at that of `step`, into a new folder; the step taken."""
+    if step is None:
+        source = newest_whole(files.checkpoints, report=lambda line: None)
+    else:
+        source = files.checkpoints / f"step-{step:08d}"
+    taken = read_checkpoint(source).step
+    with atomic_dir(target.path) as folder:
+        for file in (files.recipe, files.base, files.metrics):
+            if file.exists():
+                shutil.copyfile(file, folder / file.name)
+        shutil.copytree(source, folder / "checkpoints" / source.name)
+    target.event("forked", step=taken, of=str(files.path))
+    return taken
+
+
+def repeat_steps(directory: str | Path, steps: int, *, step: int | None = None) -> int:
+    """Take the last `steps` recorded steps of a run once more, in a copy, and compare with what was recorded.
+
+    Begins at the newest kept checkpoint that lies so far back, or at the oldest there is; returns how many steps were
+    repeated. Raises LawBroken naming the first row or the tensors that differ, CheckpointError where no earlier
+    checkpoint is kept.
+    """
+    files = _begun(directory)
+    kept = sorted(s for s, _ in checkpoints(files.checkpoints) if step is None or s <= step)
+    if len(kept) < 2:
+        raise CheckpointError(
+            "no earlier checkpoint is kept to repeat from", where=str(files.checkpoints), fix="run.checkpoint.keep=2"
+        )
+    end = kept[-1]
+    start = max((s for s in kept[:-1] if s <= end - steps), default=kept[0])
+    value, task = open_recipe(files.recipe)
+    with tempfile.TemporaryDirectory(prefix="thawline-verify-") as folder:
+        copy = RunDirectory(Path(folder) / "run")
+        branch(files, copy, step=start)
+        run_loop(value, task, copy.path, from_step=start, until=end)
+        recorded = [row for row in read_rows(files.metrics) if start < row["step"] <= end]
+        repeated = [row for row in read_rows(copy.metrics) if start < row["step"] <= end]
+        for before, after in zip(recorded, repeated, strict=False):
+            if before != after:
+                raise LawBroken(
+                    f"step {before['step']} does not come out the same: {before} was recorded, now {after}",
+                    where=str(files.metrics),
+                    fix="the machine, its libraries or the data differ from what the run was begun with",
+                )
+        if len(recorded) != len(repeated):
+            raise LawBroken(f"{len(recorded)} rows were recorded, {len(repeated)} came out", where=str(files.metrics))
+        mine, other = (read_checkpoint(d.checkpoints / f"step-{end:08d}").difference for d in (files, copy))
+        differing = sorted(n for n, digest in mine.digests.items() if other.digests.get(n) != digest)
+        if differing:
+            raise LawBroken(f"{len(differing)} tensors come out otherwise: {', '.join(differing[:5])}")
+    return end - start
+
+
+def _begun(directory: str | Path) -> RunDirectory:
     files = RunDirectory(Path(directory).absolute())
     if not files.begun:
         raise RecipeError(
             f"{str(directory)!r} is not a run directory", fix="it would hold recipe.yaml; begin one with thawline train"
         )
-    value, task = open_recipe(files.recipe, overrides)
-    return run_loop(value, task, files.path, monitor=monitor, allow=allow, from_step=step)
+    return files

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from thawline.core.config import Document, Strict, bind
+from thawline.core.config import Strict
 from thawline.data.conversation import TEMPLATES, Format, Targets, read_dialogues
 from thawline.data.video import How
 from thawline.data.videochat import ChatBatch, ChatSamples, ClipSettings
@@ -344,8 +344,3 @@ def _parts(options: VideoChatOptions) -> tuple[Path, ...]:
                 f"no such file: {path}", where=options.where("parts", number), fix="check the path of this part"
             )
     return made
-
-
-def options_of(values: Mapping[str, Any]) -> VideoChatOptions:
-    """Options from plain values, with the same complaints as in a recipe."""
-    return bind(VideoChatOptions, Document(dict(values), "options"))

@@ -41,8 +41,11 @@ def train(
     monitor: Monitor | None = None,
     allow: Sequence[str] = (),
     from_step: int | None = None,
+    until: int | None = None,
 ) -> Run:
     """Begin the run in `directory`, or go on with it from its newest whole checkpoint (or that of `from_step`).
+
+    until: leave off after this step without finishing, as `resume --verify` does in a copy of the run
 
     Raises Stopped (exit code 75) after a signal or the time limit, with a whole checkpoint written; LawBroken (5) where
     an audit fails; DataError (3), RecipeError (2), CheckpointError (4).
@@ -53,8 +56,9 @@ def train(
         session = Session.open(recipe, task, files, monitor, allow, from_step)
         monitor.begin(step=session.state.step, total_steps=session.total_steps)
         try:
-            _steps(session, stop)
-            session.finish()
+            _steps(session, stop, until)
+            if until is None:
+                session.finish()
         except ThawlineError as exc:
             files.event("stopped", step=session.state.step, reason=exc.what, exit_code=exc.exit_code)
             raise
@@ -65,8 +69,8 @@ def train(
     return Run(files.path, last, session.state.step)
 
 
-def _steps(session: Session, stop: StopSignal) -> None:
-    while not session.done:
+def _steps(session: Session, stop: StopSignal, until: int | None) -> None:
+    while not session.done and session.state.step != until:
         for batch in session.rest_of_epoch():
             before = session.progress
             _step(session, batch)
@@ -84,7 +88,7 @@ def _steps(session: Session, stop: StopSignal) -> None:
                     where=str(session.files.path),
                     fix=f"thawline resume {session.files.path}",
                 )
-            if thawed or session.done:
+            if thawed or session.done or session.state.step == until:
                 break  # the next phase builds its engine anew; reading goes on at the cursor
 
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO
 
-
 _COUNTS = ("utterances", "words", "unreadable", "images", "samples")
 
 

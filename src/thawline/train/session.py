@@ -18,7 +18,7 @@ from torch import nn
 from thawline.ckpt.load import Checkpoint, checkpoints, read_checkpoint, read_newest
 from thawline.ckpt.retention import Keep, prune
 from thawline.ckpt.save import Saver
-from thawline.ckpt.store import atomic_dir
+from thawline.ckpt.store import atomic_dir, retire
 from thawline.core.rng import derive
 from thawline.core.span import Span
 from thawline.data.loader import BadSample, BatchRequest, LoadedBatch, Loader
@@ -80,8 +80,11 @@ class Session:
     recorded: Mapping[str, Any]
     saver: Saver = field(init=False)
     _last_save_s: float = field(default_factory=time.monotonic)
+    _began_at: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
+        self._began_at = self.state.step
+        self.heed(doctor.before(self.model, self.engine.resolution, self.engine.optimizer))
         self.saver = Saver(self.files.checkpoints, base=self.law.base, after=self._written, report=self.monitor.note)
 
     @classmethod
@@ -126,6 +129,8 @@ class Session:
             because = f" ({'; '.join(verdict.reasons)})" if verdict.reasons else ""
             monitor.note(f"going on after step {state.step}: {verdict.grade}{because}")
         _report_left_out(train_samples, recipe, files, monitor)
+        if from_step is not None:
+            _give_up_later(files, from_step)
         files.rewind_metrics(state.step)
         engine = Engine(model, resolution, recipe.optim, device, recipe.run.precision)
         engine.restore_optimizer_(parked)
@@ -310,14 +315,14 @@ class Session:
             )
 
     def finish(self) -> None:
-        """Audit, export the result, and say where it is."""
-        if self.files.finished:
+        """Audit, export the result, and say where it is. A finished run that took no further step stays as it is."""
+        if self.files.finished and self.state.step == self._began_at:
             return
         report = self.law.audit(self.model)
         write_audit(self.files, report)
         report.raise_if_broken()
         exported = self._best_model()
-        with atomic_dir(self.files.model) as folder:
+        with atomic_dir(self.files.model, force=True) as folder:
             self.task.export(exported, folder)
         self.files.event("finished", step=self.state.step, model=str(self.files.model))
 
@@ -406,6 +411,14 @@ def _global_batch(group: Sequence[LoadedBatch[Any]], following: Cursor) -> Globa
         keys=tuple(key for batch in whole for key in batch.keys),
         bad=tuple(sample for b in group for sample in b.bad),
     )
+
+
+def _give_up_later(files: RunDirectory, step: int) -> None:
+    """Going back to a step gives up the checkpoints after it: they belong to a future that is trained anew."""
+    later = [(s, path) for s, path in checkpoints(files.checkpoints) if s > step]
+    for _, path in later:
+        retire(path)
+    files.event("went back", step=step, given_up=[s for s, _ in later])
 
 
 def _report_left_out(samples: Samples, recipe: Recipe, files: RunDirectory, monitor: Monitor) -> None:

@@ -149,7 +149,7 @@ class Recognizer:
         rate = self.frontend.rate_hz
         pieces: list[tuple[int, float, SpeechSample]] = []  # recording, begin in seconds, features
         for number, (name, samples) in enumerate(recordings):
-            longest = LONGEST_S * rate
+            longest = int(LONGEST_S * rate)
             ranges = quiet_windows(samples, rate) if len(samples) > longest else [(0, len(samples))]
             for begin, end in ranges:
                 feats = self.frontend.features_of(samples[begin:end], None)
@@ -210,7 +210,7 @@ class Recognizer:
 
     def _joined(self, name: str, seconds: float, parts: list[tuple[float, Hypothesis, list[Timed]]]) -> Transcript:
         texts = [self.tokenizer.decode(h.tokens).strip() for _, h, _ in parts]
-        notes = ()
+        notes: tuple[str, ...] = ()
         if len(parts) > 1:
             notes = (
                 f"decoded in {len(parts)} windows cut at quiet places: attention over all of it would need more memory",

@@ -40,6 +40,12 @@ def log_probs(utterances: int, seconds: float, vocabulary: int = 1000) -> Tensor
     return logits.log_softmax(-1)
 
 
+def wenets_labels(logp: Tensor, beam: int) -> tuple[list[float], list[int]]:
+    """The labels of one frame as WeNet takes them (search.py: topk, then .item() for each label and probability)."""
+    labels = [u.item() for u in logp.topk(beam).indices]
+    return [logp[u].item() for u in labels], [int(u) for u in labels]
+
+
 def compare(scores: Tensor, beam: int) -> tuple[float, float, bool]:
     """CPU seconds of ours and of the plain search over the batch, and whether they agree."""
     import plain_search  # type: ignore[import-not-found]  # from the tests
@@ -52,8 +58,7 @@ def compare(scores: Tensor, beam: int) -> tuple[float, float, bool]:
     began = time.process_time()
     equal = True
     for row, hypothesis in zip(scores, found, strict=True):
-        value, label = row.topk(beam, dim=1)
-        frames = list(zip(value.double().tolist(), label.tolist(), strict=True))
+        frames = [wenets_labels(logp, beam) for logp in row]
         plain = plain_search.search(frames, beam=beam, blank=0)
         equal &= [p[0] for p in plain] == list(hypothesis.nbest)
         equal &= [p[2] for p in plain] == list(hypothesis.nbest_times or ())

@@ -194,6 +194,7 @@ def main() -> None:
     lines += [
         "",
         "Thawline's time includes its checkpoints, its audits and the export; the plain loop does none of them.",
+        "Building the model is counted for neither. On a shared machine, differences below a fifth say nothing.",
     ]
     text = "\n".join(lines) + "\n"
     target = Path(__file__).parent / "results" / "vision.md"

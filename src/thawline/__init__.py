@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -43,10 +45,34 @@ _HOMES = {
     "convert": "thawline.ckpt.convert",
     "load": "thawline.tasks.loading",
     "resume": "thawline.api",
-    "train": "thawline.api",
 }
 
-__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted([*_HOMES, "train"])  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+class _CallablePackage(ModuleType):
+    """The subpackage `thawline.train`, which can also be called: `tl.train("recipe.yaml")`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        from thawline.api import train
+
+        return train(*args, **kwargs)
+
+
+class _Public(ModuleType):
+    """This module. Importing anything below `thawline.train` binds that subpackage to the name of the call `tl.train`;
+    so that one name serves both, the subpackage is made callable when it is bound."""
+
+    @property
+    def train(self) -> Any:
+        return importlib.import_module("thawline.train")
+
+    @train.setter
+    def train(self, package: ModuleType) -> None:
+        package.__class__ = _CallablePackage
+
+
+sys.modules[__name__].__class__ = _Public
 
 
 def __getattr__(name: str) -> Any:

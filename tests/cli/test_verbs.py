@@ -250,3 +250,17 @@ def _lines(path: Path) -> int:
 
 def _bytes(folder: Path) -> dict[str, Any]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_another_tools_switches_become_a_plan_that_is_printed(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = str(trained / "base")
+    code, out, _ = call(capsys, "plan", base, "--like", "wenet", "freeze_modules=encoder,ctc")
+    assert code == 0
+    assert "- '!encoder'" in out
+    code, out, _ = call(capsys, "plan", base, "--like", "wenet", "freeze_modules=encoder,ctc", "--json")
+    names = json.loads(out)["phases"][0]["trainable_names"]
+    assert names
+    assert all(name.startswith("decoder.") for name in names)
+    assert call(capsys, "plan", base, "--like", "wenet", "freeze_modules=encodr")[0] == 2

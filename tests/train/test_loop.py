@@ -21,6 +21,7 @@ from thawline.freeze.lora import merged_copy
 from thawline.train.loop import Run, train
 from thawline.train.recipe import read_recipe
 from thawline.train.rundir import read_rows
+from thawline.train.state import RunState
 from thawline.train.task import PlainSums, SumTerm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -331,3 +332,43 @@ def test_going_back_gives_up_what_came_after(tmp_path: Path) -> None:
         run(tmp_path, "run", ["run.checkpoint.keep=100"], from_step=6, monitor=StopAfter(7))
     kept = sorted(int(p.name[5:]) for p in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert kept == [3, 6, 7]
+
+
+class Cramped(ToyTask):
+    """Runs out of memory on more than `most` points, at the `at`-th such batch and after: before the pass, or after
+    the forward pass has moved the statistics."""
+
+    def __init__(self, most: int, *, late: bool, at: int = 0) -> None:
+        self.most, self.late, self.at, self.calls = most, late, at, 0
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        self.calls += 1
+        full = len(batch.keys) > self.most and self.calls > self.at
+        if full and not self.late:
+            raise torch.OutOfMemoryError("no room")
+        sums = super().loss(model, batch)
+        if full:
+            raise torch.OutOfMemoryError("no room")
+        return sums
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("at", [0, 1])
+def test_what_does_not_fit_is_halved_and_gives_what_a_run_started_so_would(
+    tmp_path: Path, late: bool, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_recipe(tmp_path)
+    overrides = ['plan={train: ["**"]}', "run.epochs=1", "run.checkpoint.best=null", "options={n: 48}"]
+    recipe = read_recipe(tmp_path / "toy.yaml", overrides)
+    cramped = train(recipe, Cramped(2, late=late, at=at), tmp_path / "cramped")
+    splits = [e for e in read_rows(cramped.dir / "events.jsonl") if e["event"] == "out of memory"]
+    assert [(e["step"], e["split"]) for e in splits] == [(0, 2)]
+    monkeypatch.setattr("thawline.train.session.RunState", lambda: RunState(split=2))
+    begun_so = train(recipe, ToyTask(), tmp_path / "begun")
+    assert sums(cramped.dir / "model") == sums(begun_so.dir / "model")
+
+
+def test_what_never_fits_ends_the_run_with_advice(tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    with pytest.raises(ThawlineError, match="even one sample at a time"):
+        train(read_recipe(tmp_path / "toy.yaml"), Cramped(0, late=False), tmp_path / "run")

@@ -36,6 +36,9 @@ class ToyBatch:
     x: Tensor
     y: Tensor
 
+    def rows(self, start: int, stop: int) -> ToyBatch:
+        return ToyBatch(self.keys[start:stop], self.x[start:stop], self.y[start:stop])
+
     def to(self, device: Any) -> ToyBatch:
         return ToyBatch(self.keys, self.x.to(device), self.y.to(device))
 

@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "verify": ("thawline.cli.convert:verify", "Check any checkpoint for damage."),
     "diff": ("thawline.cli.diff:diff", "Which tensors differ between two models or checkpoints, and how much."),
     "data": ("thawline.cli.data:data", "Check a data set before training on it."),
+    "serve": ("thawline.cli.serve:serve", "Recognise speech over HTTP: a page, OpenAI's call, live speech."),
     "env": ("thawline.cli.env:env", "What is installed and works here."),
 }
 """Verb -> (module:command, one line of help). Kept as plain words so that `--help` imports nothing."""

@@ -20,14 +20,20 @@ _PACKAGES = (
     ("soxr", "speech"),
     ("kaldi_native_fbank", "speech"),
     ("jiwer", "speech"),
-    ("av", "speech"),
+    ("av", "video"),
     ("sentencepiece", "speech"),
     ("transformers", "hf"),
     ("tokenizers", "hf"),
     ("peft", "hf"),
     ("tensorboard", "tensorboard"),
+    ("lightning", "lightning"),
+    ("PIL", "vision"),
+    ("kornia", "vision"),
+    ("fastapi", "serve"),
+    ("uvicorn", "serve"),
     ("espeakng_loader", "demo"),
 )
+_DISTRIBUTIONS = {"PIL": "pillow"}
 
 
 @click.command()
@@ -41,7 +47,7 @@ def env(as_json: bool) -> None:
         except MissingExtra as exc:
             rows.append({"name": module, "extra": extra, "state": exc.what, "fix": exc.fix})
         else:
-            version = importlib.metadata.version(module.replace("_", "-"))
+            version = importlib.metadata.version(_DISTRIBUTIONS.get(module, module.replace("_", "-")))
             rows.append({"name": module, "extra": extra, "state": version, "fix": ""})
     text = "\n".join(
         f"{row['name']:<20} {row['extra']:<12} {row['state']}" + (f"  -> {row['fix']}" if row["fix"] else "")

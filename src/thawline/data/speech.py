@@ -334,6 +334,23 @@ class SpeechBatch:
         """(B, bins, T): what Whisper of transformers calls it; (B, 80, 3000) with pad_or_trim."""
         return self.feats.transpose(1, 2)
 
+    def rows(self, start: int, stop: int) -> SpeechBatch:
+        """The utterances from `start` to `stop`. The padded width stays: a convolution without a mask sees the padding
+        of a batch in an utterance's last frames, so cutting it would change them."""
+        lengths = self.target_lengths[start:stop]
+        return replace(
+            self,
+            keys=self.keys[start:stop],
+            feats=self.feats[start:stop],
+            feats_lengths=self.feats_lengths[start:stop],
+            target=self.target[start:stop],
+            target_lengths=lengths,
+            texts=self.texts[start:stop],
+            langs=self.langs[start:stop],
+            tasks=self.tasks[start:stop],
+            weights={"utterances": float(stop - start), "tokens": float(lengths.sum())},
+        )
+
     def to(self, device: torch.device | str) -> SpeechBatch:
         """The same batch with its tensors on `device`."""
         return replace(

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from thawline.ckpt.source import open_source
-from thawline.core.config import Document, bind
+from thawline.core.config import Document, bind, dump_yaml, override
 from thawline.core.index import ModelIndex
 from thawline.core.rng import derive
 from thawline.data.loader import BatchRequest, Loader
 from thawline.data.sampler import BatchPlan, Cursor
 from thawline.errors import DataError, RecipeError
-from thawline.freeze import doctor
+from thawline.freeze import doctor, presets
 from thawline.freeze.apply import apply_
 from thawline.freeze.memory import MemoryEstimate, estimate
 from thawline.freeze.plan import FreezePlan
@@ -78,25 +78,52 @@ class Preview:
 
 
 def preview(
-    target: Path, overrides: Sequence[str] = (), *, train: Sequence[str] = (), preset: str | None = None
+    target: Path,
+    overrides: Sequence[str] = (),
+    *,
+    train: Sequence[str] = (),
+    preset: str | None = None,
+    like: str | None = None,
 ) -> Preview:
-    """The plan of a recipe on its model, or one given by `train` or `preset` on a model directory or weights file.
+    """The plan of a recipe on its model, or one given by `train`, `preset` or another tool's switches on a model.
 
-    For a weights file only the header is read; no model is built.
+    like: wenet, ask-anything or ms-swift; `overrides` are then its switches, e.g. `freeze_modules=encoder`
+    For a model directory or a weights file only the header is read; no model is built.
     """
     if target.suffix in (".yaml", ".yml"):
-        if train or preset:
+        if train or preset or like:
             raise RecipeError("a recipe has its own plan", fix="override it: plan.train='[...]'")
         return _of_recipe(*open_recipe(target, overrides))
-    if not (train or preset):
+    if not (train or preset or like):
         raise RecipeError(
-            "a model has no plan of its own", fix="give --train SELECTOR or --preset NAME, or a recipe instead"
+            "a model has no plan of its own",
+            fix="give --train SELECTOR, --preset NAME or --like TOOL, or a recipe instead",
         )
-    plan = bind(FreezePlan, Document({"train": list(train), "preset": preset}, "command line"))
     with open_source(target) as source:
         index = ModelIndex.from_header(source.infos)
+    settings: dict[str, Any] = {"train": list(train), "preset": preset}
+    notes: tuple[str, ...] = ()
+    if like is not None:
+        settings = translated(like, overrides, index)
+        notes = (dump_yaml({"plan": settings}).rstrip(),)
+    plan = bind(FreezePlan, Document(settings, "command line"))
     phases = resolve_all(plan.expanded(index), index)
-    return Preview(phases, tuple(estimate(r) for r in phases))
+    return Preview(phases, tuple(estimate(r) for r in phases), notes=notes)
+
+
+def translated(tool: str, switches: Sequence[str], index: ModelIndex) -> dict[str, Any]:
+    """Another tool's switches as what would stand under `plan:`. For ms-swift `towers={vit: [...], llm: [...]}` says
+    which modules its words mean in this architecture."""
+    given: dict[str, Any] = override(Document({}, "command line"), switches).data
+    if tool == "wenet":
+        unknown = sorted(set(given) - {"freeze_modules", "optim_conf"})
+        if unknown:
+            raise RecipeError(f"WeNet has no switch {unknown[0]!r} for this", fix="freeze_modules, optim_conf")
+        return presets.from_wenet(**given)
+    if tool == "ask-anything":
+        return presets.narrowed(presets.from_ask_anything(given), index)
+    towers = given.pop("towers", {})
+    return presets.from_ms_swift(given, towers=towers)
 
 
 def _of_recipe(recipe: Recipe, task: Task) -> Preview:

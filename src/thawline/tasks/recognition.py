@@ -147,7 +147,7 @@ class Recognizer:
 
     def _hear_wenet(self, recordings: Sequence[tuple[str, NDArray[np.float32]]], *, times: bool) -> list[Transcript]:
         rate = self.frontend.rate_hz
-        pieces: list[tuple[int, float, SpeechSample]] = []  # recording, begin in seconds, features
+        pieces: list[tuple[int, float, SpeechSample]] = []  # recording, its begin in seconds, features
         for number, (name, samples) in enumerate(recordings):
             longest = int(LONGEST_S * rate)
             ranges = quiet_windows(samples, rate) if len(samples) > longest else [(0, len(samples))]
@@ -162,9 +162,9 @@ class Recognizer:
             group = pieces[at : at + 8]
             batch = collate([sample for _, _, sample in group])
             hypotheses, words = self._decode_timed(batch.feats, batch.feats_lengths, times=times)
-            for (number, begin, _), hypothesis, timed in zip(group, hypotheses, words, strict=True):
-                moved = [Timed(w.start_s + begin, w.end_s + begin, w.text, w.confidence) for w in timed]
-                heard[number].append((begin, hypothesis, moved))
+            for (number, start_s, _), hypothesis, timed in zip(group, hypotheses, words, strict=True):
+                moved = [Timed(w.start_s + start_s, w.end_s + start_s, w.text, w.confidence) for w in timed]
+                heard[number].append((start_s, hypothesis, moved))
         return [
             self._joined(name, len(samples) / rate, parts)
             for (name, samples), parts in zip(recordings, heard, strict=True)

@@ -6,6 +6,7 @@ name (`optimizer_state`). Engines of several processes take the same place.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -81,9 +82,9 @@ class Engine:
         if self._looked:
             yield Look(None, self)
             return
-        self._looked = True
         with doctor.watch(self.model, self.resolution) as seen:
             yield Look(seen, self)
+        self._looked = True
 
     def keep_buffers(self) -> dict[str, Tensor]:
         """Copies of the buffers that a forward pass may change (BatchNorm's statistics)."""
@@ -96,6 +97,12 @@ class Engine:
         for name, buffer in self.model.named_buffers():
             if name in kept:
                 buffer.copy_(kept[name])
+
+    def free_memory(self) -> None:
+        """Give cached memory back after a step that did not fit."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -19,7 +19,7 @@ from thawline.train.monitor import Monitor, SilentMonitor
 from thawline.train.recipe import Recipe
 from thawline.train.rundir import RunDirectory, append_row
 from thawline.train.session import GlobalBatch, Session
-from thawline.train.step import StepResult, train_step
+from thawline.train.step import OutOfMemory, StepResult, train_step
 from thawline.train.stopping import StopSignal
 from thawline.train.task import Task
 
@@ -101,18 +101,11 @@ def _step(session: Session, batch: GlobalBatch) -> None:
     micro_batches = batch.micro_batches
     result = None
     if micro_batches:
-        result = train_step(
-            session.engine,
-            session.task,
-            micro_batches,
-            seed=session.recipe.run.seed,
-            step=state.step,
-            rate=rate,
-        )
+        result = _take(session, micro_batches, rate)
         session.heed(result.findings)
     applied = result is not None and result.applied
     session.state = replace(
-        state,
+        session.state,
         step=state.step + 1,
         cursor=batch.next,
         index=0 if batch.next.epoch > state.cursor.epoch else state.index + batch.batches,
@@ -128,6 +121,35 @@ def _step(session: Session, batch: GlobalBatch) -> None:
         session.monitor.note(f"step {session.state.step} skipped: loss or gradient not finite")
         session.refuse_if_diverged()
     _refuse_too_many_bad(session)
+
+
+def _take(session: Session, micro_batches: Sequence[Any], rate: Rate) -> StepResult:
+    """The step; where it does not fit into memory, once more with every micro-batch halved, which is then kept."""
+    largest = max(len(batch.keys) for batch in micro_batches)
+    while True:
+        split = session.state.split
+        try:
+            return train_step(
+                session.engine,
+                session.task,
+                micro_batches,
+                seed=session.recipe.run.seed,
+                step=session.state.step,
+                rate=rate,
+                split=split,
+            )
+        except OutOfMemory as exc:
+            if split >= largest or not hasattr(micro_batches[0], "rows"):
+                raise ThawlineError(
+                    f"step {session.state.step} does not fit into memory, even one sample at a time: {exc}",
+                    where=str(session.files.path),
+                    fix="a smaller data.batch, shorter samples, or less that trains",
+                ) from exc
+            session.state = replace(session.state, split=split * 2)
+        # Outside the handler, where the traceback no longer holds the tensors of the step.
+        session.engine.free_memory()
+        session.files.event("out of memory", step=session.state.step, split=session.state.split)
+        session.monitor.note(f"out of memory: each micro-batch is cut into {session.state.split} from here on")
 
 
 def _row(session: Session, result: StepResult | None, rate: Rate) -> dict[str, Any]:

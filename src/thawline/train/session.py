@@ -22,7 +22,7 @@ from thawline.ckpt.store import atomic_dir, retire
 from thawline.core.rng import derive
 from thawline.core.span import Span
 from thawline.data.loader import BadSample, BatchRequest, LoadedBatch, Loader
-from thawline.data.sampler import Batching, BatchPlan, Cursor
+from thawline.data.sampler import BatchPlan, Cursor
 from thawline.errors import CheckpointError, DataError, LawBroken, RecipeError, ThawlineError
 from thawline.freeze import doctor
 from thawline.freeze.doctor import Finding
@@ -31,6 +31,7 @@ from thawline.train import rundir, schedule
 from thawline.train.clock import Clock
 from thawline.train.compatibility import environment, judge
 from thawline.train.engine import Engine, Rate, pick_device
+from thawline.train.evaluation import best_step, better_sign, evaluate
 from thawline.train.law import Law, write_audit
 from thawline.train.monitor import Monitor
 from thawline.train.recipe import Recipe
@@ -128,6 +129,9 @@ class Session:
             files.event("resumed", step=state.step, grade=verdict.grade, reasons=list(verdict.reasons))
             because = f" ({'; '.join(verdict.reasons)})" if verdict.reasons else ""
             monitor.note(f"going on after step {state.step}: {verdict.grade}{because}")
+        for note in getattr(task, "notes", ()):
+            files.event("note", text=note)
+            monitor.note(note)
         _report_left_out(train_samples, recipe, files, monitor)
         if from_step is not None:
             _give_up_later(files, from_step)
@@ -342,49 +346,6 @@ class Session:
         self.law.shaped_like(model)
         self.law.restore_(model, checkpoint)
         return model
-
-
-def evaluate(
-    task: Task, model: nn.Module, samples: Samples, recipe: Recipe, device: torch.device
-) -> tuple[Mapping[str, float], tuple[BadSample, ...]]:
-    """Metrics of `model` on `samples`, in their own order, in eval mode, without gradients; and the unreadable ones."""
-    batching = recipe.data.batch
-    if batching.bucket_boundaries:
-        batching = Batching(size=max(batching.bucket_sizes))
-    plan = BatchPlan(len(samples), seed=recipe.run.seed, batching=batching, length=samples.length, shuffle=False)
-    requests = (BatchRequest(epoch=0, cursor=cursor, ids=ids) for cursor, ids in plan.batches(Cursor()))
-    bad: list[BadSample] = []
-
-    def batches(loader: Loader[Any, Any]) -> Iterator[Any]:
-        for loaded in loader.iterate(requests):
-            bad.extend(loaded.bad)
-            if loaded.batch is not None:
-                yield loaded.batch.to(device)
-
-    was_training = model.training
-    model.eval()
-    try:
-        with Loader(samples, seed=recipe.run.seed, workers=recipe.run.workers) as loader, torch.no_grad():
-            metrics = task.evaluate(model, samples, batches(loader)).metrics
-    finally:
-        model.train(was_training)
-    return metrics, tuple(bad)
-
-
-def better_sign(recipe: Recipe) -> int:
-    """1 where a smaller value of `run.checkpoint.best` is better, -1 where a larger one is."""
-    settings = recipe.run.checkpoint
-    larger = settings.mode == "max" or (settings.mode == "auto" and "acc" in (settings.best or ""))
-    return -1 if larger else 1
-
-
-def best_step(recipe: Recipe, history: Sequence[Mapping[str, float]]) -> int | None:
-    """The step of the best evaluation so far by `run.checkpoint.best`; the later of equals, as retention keeps it."""
-    best = recipe.run.checkpoint.best
-    if best is None or not history:
-        return None
-    sign = better_sign(recipe)
-    return int(min(history, key=lambda row: (sign * row[best], -row["step"]))["step"])
 
 
 def _count(epoch: float, every: float) -> int:

@@ -19,6 +19,7 @@ class RunState:
     phase:     index of the plan's phase in force
     history:   every evaluation so far, oldest first: {"step", "epoch", "valid/loss", ...}
     in_a_row:  skipped (non-finite) steps directly before this one
+    split:     pieces that each micro-batch is cut into, because it did not fit into memory whole
     seen, bad: training samples asked for and those among them that could not be read
     """
 
@@ -28,6 +29,7 @@ class RunState:
     phase: int = 0
     history: tuple[Mapping[str, float], ...] = ()
     in_a_row: int = 0
+    split: int = 1
     seen: int = 0
     bad: int = 0
 
@@ -39,6 +41,7 @@ class RunState:
             "phase": self.phase,
             "history": [dict(row) for row in self.history],
             "in_a_row": self.in_a_row,
+            "split": self.split,
             "seen": self.seen,
             "bad": self.bad,
         }
@@ -52,6 +55,7 @@ class RunState:
             phase=data["phase"],
             history=tuple(data["history"]),
             in_a_row=data["in_a_row"],
+            split=data["split"],
             seen=data["seen"],
             bad=data["bad"],
         )

@@ -94,7 +94,11 @@ class Evaluation:
 
 
 class Task(Protocol):
-    """The parts of a run that know what the data mean."""
+    """The parts of a run that know what the data mean.
+
+    A task may also have `notes`, sentences on what building the base did (rows kept, rows drawn), which are recorded,
+    and `complete(recipe)`, which writes out what its own options say of the plan and of files.
+    """
 
     name: str
 

@@ -27,13 +27,15 @@ DTYPES = {
 """Names of element types: torch's spelling -> the spelling of the safetensors format, which is used in every file."""
 
 
-def digest_bytes(dtype: str, shape: Sequence[int], data: Buffer) -> str:
+def digest_bytes(dtype: str, shape: Sequence[int], data: Buffer, *, parallel: bool = True) -> str:
     """Digest of one tensor given as bytes: 64 hexadecimal digits.
+
+    parallel: let all cores work on it, where it is large; False for callers that hash several tensors at once
 
     dtype: the safetensors spelling, e.g. "F32"; shape: elements per dimension; data: row major, little endian.
     """
     header = f"{dtype}[{','.join(map(str, shape))}]".encode()
-    threads = blake3.AUTO if len(data) >= _PARALLEL_BYTES else 1
+    threads = blake3.AUTO if parallel and len(data) >= _PARALLEL_BYTES else 1
     return str(blake3(header + b"\0", max_threads=threads).update(data).hexdigest())
 
 

@@ -244,6 +244,7 @@ class Loader(Generic[Sample, Batch]):
             else:
                 self._tell(f"a loader worker {cause}; its batch {first.request.cursor} is read again")
         successor = self._hire()
+        successor.cautious = True
         self._team.append(successor)
         for job in jobs:
             successor.give(job)
@@ -382,12 +383,17 @@ class _Job:
 
 @dataclass(eq=False)
 class _Worker:
-    """A process, its pipe, and the jobs it has; those beyond what the pipe surely holds are kept back."""
+    """A process, its pipe, and the jobs it has; those beyond what the pipe surely holds are kept back.
+
+    cautious: the one before it died. It gets a single job until that is answered: with more, a finished batch whose
+              answer was not sent yet when the next one killed the worker would be blamed for it
+    """
 
     samples: Any
     seed: int
     start: str
     jobs: deque[_Job] = field(default_factory=deque)
+    cautious: bool = False
 
     def __post_init__(self) -> None:
         context: Any = multiprocessing.get_context(self.start)
@@ -411,7 +417,7 @@ class _Worker:
         self._send()
 
     def _send(self) -> None:
-        while len(self.sent) < len(self.jobs):
+        while len(self.sent) < (min(1, len(self.jobs)) if self.cautious else len(self.jobs)):
             job = self.jobs[len(self.sent)]
             order = pickle.dumps((job.number, job.request.epoch, job.request.ids), protocol=5)
             if self.sent and sum(self.sent) + len(order) > _PIPE_BYTES:
@@ -432,6 +438,7 @@ class _Worker:
         self.sent.popleft()
         assert job.number == number  # a worker answers in the order in which it was asked
         job.done = True
+        self.cautious = False
         if kind == "error":
             job.error = body
         elif job.wanted:

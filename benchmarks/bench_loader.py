@@ -87,13 +87,24 @@ def measure(path: Path, utterances: int, rounds: int) -> str:
     )
 
 
+SETS = ("fsdd/base.train.list", "an4/train.list", "cmn-words/train.list")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("lists", nargs="+", type=Path)
+    parser.add_argument(
+        "lists", nargs="*", type=Path, help="WeNet lists; without any, the real sets beside the checkout"
+    )
     parser.add_argument("--utterances", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "loader.md")
     settings = parser.parse_args()
+    if not settings.lists:
+        shared = Path(os.environ.get("THAWLINE_SHARED", ROOT.parent / "shared"))
+        settings.lists = [p for p in (shared / "data" / name for name in SETS) if p.is_file()]
+    if not settings.lists:
+        print("no lists given, and no real sets beside the checkout: nothing measured")
+        return
     torch.set_num_threads(1)
     lines = [
         "# Loader",

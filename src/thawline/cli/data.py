@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -28,3 +30,43 @@ def check(path: str, valid: str | None, units: str | None, as_json: bool) -> Non
         Path(path), valid=None if valid is None else Path(valid), units=None if units is None else Path(units)
     )
     give(report.to_json(), report.table(), as_json=as_json)
+
+
+@data.command()
+@click.argument("path", type=click.Path())
+@click.option("-o", "--out", default="units.txt", show_default=True, type=click.Path(), help="The file to write.")
+@click.option("--level", type=click.Choice(["char", "word"]), default="char", show_default=True, help="What a unit is.")
+@click.option("--min-count", default=1, show_default=True, help="What is seen less often is left to <unk>.")
+@json_option
+def units(path: str, out: str, level: Literal["char", "word"], min_count: int, as_json: bool) -> None:
+    """Write WeNet's units.txt for the texts of PATH: what a recogniser that starts from nothing can spell."""
+    from thawline.ckpt.store import atomic_file
+    from thawline.data.manifest import read_manifest
+    from thawline.data.text import build_units, units_text
+
+    table = build_units((row.txt for row in read_manifest(Path(path))), level=level, min_count=min_count)
+    with atomic_file(Path(out)) as file:
+        file.write(units_text(table).encode())
+    give({"units": out, "size": len(table)}, f"wrote {out}: {len(table)} units", as_json=as_json)
+
+
+@data.command()
+@click.argument("path", type=click.Path())
+@click.option("-o", "--out", default="global_cmvn", show_default=True, type=click.Path(), help="The file to write.")
+@click.option("--conf", type=click.Path(), help="A WeNet train.yaml: take the features of its dataset_conf.")
+@json_option
+def cmvn(path: str, out: str, conf: str | None, as_json: bool) -> None:
+    """Write global CMVN statistics (WeNet's JSON) of the recordings of PATH."""
+    from thawline.ckpt.store import atomic_file
+    from thawline.core.config import bind, read_yaml
+    from thawline.data.cmvn import cmvn_sums
+    from thawline.data.manifest import read_manifest
+    from thawline.data.speech import SpeechFrontend, SpeechSamples
+
+    frontend = SpeechFrontend() if conf is None else bind(SpeechFrontend, read_yaml(Path(conf)), ("dataset_conf",))
+    sums = cmvn_sums(SpeechSamples(read_manifest(Path(path)), frontend, training=False))
+    with atomic_file(Path(out)) as file:
+        file.write(json.dumps(sums.to_json()).encode() + b"\n")
+    text = [f"wrote {out}: {sums.frame_num} frames", *(f"  left out {r.key}: {r.reason}" for r in sums.left_out)]
+    value = {"cmvn": out, "frames": sums.frame_num, "left_out": [r.key for r in sums.left_out]}
+    give(value, "\n".join(text), as_json=as_json)

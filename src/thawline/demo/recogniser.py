@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from thawline.ckpt.store import atomic_dir
 from thawline.core.config import dump_yaml
-from thawline.data.audio import read_audio
-from thawline.data.features import FbankConf, fbank
+from thawline.data.cmvn import cmvn_sums
 from thawline.data.manifest import read_manifest
+from thawline.data.speech import SpeechFrontend, SpeechSamples
 from thawline.data.text import read_units
 from thawline.demo.voices import RATE_HZ
 
@@ -31,22 +28,8 @@ def write_recogniser(folder: Path, *, units: Path, train_list: Path) -> None:
     with atomic_dir(folder) as temporary:
         (temporary / "train.yaml").write_text(dump_yaml(_settings(len(read_units(units)))))
         shutil.copyfile(units, temporary / "units.txt")
-        statistics = cmvn_statistics(read_audio(row.wav) for row in read_manifest(train_list))
-        (temporary / "global_cmvn").write_text(json.dumps(statistics) + "\n")
-
-
-def cmvn_statistics(recordings: Iterable[Any]) -> dict[str, Any]:
-    """Sums of the features and of their squares per bin, and the frames: WeNet's JSON (tools/compute_cmvn_stats.py).
-
-    recordings: float32 samples (n,) at 16 kHz
-    """
-    total, squares, frames = np.zeros(MEL_BINS), np.zeros(MEL_BINS), 0
-    for samples in recordings:
-        feats = fbank(samples, RATE_HZ, FbankConf(num_mel_bins=MEL_BINS)).astype(np.float64)  # (frames, bins)
-        total += feats.sum(axis=0)
-        squares += (feats**2).sum(axis=0)
-        frames += len(feats)
-    return {"mean_stat": total.tolist(), "var_stat": squares.tolist(), "frame_num": frames}
+        samples = SpeechSamples(read_manifest(train_list), SpeechFrontend(), training=False)
+        (temporary / "global_cmvn").write_text(json.dumps(cmvn_sums(samples).to_json()) + "\n")
 
 
 def _settings(vocabulary: int) -> dict[str, Any]:

@@ -90,11 +90,20 @@ class PrefixBeamSearch:
         is_blank = label == self.blank
         silence = value.masked_fill(~is_blank, _NEVER).amax(2, keepdim=True)  # (B, T, 1)
         voiced = value.masked_fill(is_blank, _NEVER)
-        for t in range(frames):
-            self._step(voiced[:, t], label[:, t], silence[:, t])
+        # Of the N prefixes that stay and the N * K that grow, one after the other: the beam and the label's number.
+        number = torch.arange(self.beam, device=value.device)
+        row = torch.cat([number, number.repeat_interleave(keep)])
+        column = torch.cat([torch.zeros_like(number), torch.arange(keep, device=value.device).repeat(self.beam)])
+        for frame in zip(voiced.unbind(1), label.unbind(1), silence.unbind(1), strict=True):
+            self._step(*frame, number, row, column)
 
-    def _step(self, voiced: Tensor, label: Tensor, silence: Tensor) -> None:
-        """One frame: voiced (B, K) ln probabilities of labels (B, K), -inf for blank; silence (B, 1) that of blank."""
+    def _step(
+        self, voiced: Tensor, label: Tensor, silence: Tensor, number: Tensor, row: Tensor, column: Tensor
+    ) -> None:
+        """One frame: voiced (B, K) ln probabilities of labels (B, K), -inf for blank; silence (B, 1) that of blank.
+
+        number: 0..N-1; row, column: (N + N * K,) of each candidate, those that stay before those that grow
+        """
         beams = self.beam
         blank_score, label_score = self._blank_score, self._label_score
         blank_best, label_best = self._blank_best, self._label_best
@@ -102,7 +111,6 @@ class PrefixBeamSearch:
         from_blank = blank_best > label_best
         best = torch.maximum(blank_best, label_best)
         repeats = label.unsqueeze(1) == self._last.unsqueeze(2)  # (B, N, K)
-        number = torch.arange(beams, device=label.device)
 
         # Prefixes that stay: blank, or their last label once more.
         again, again_at = voiced.unsqueeze(1).masked_fill(~repeats, _NEVER).max(2)
@@ -147,9 +155,8 @@ class PrefixBeamSearch:
             chosen = total.topk(beams, dim=1).indices
 
         grew = chosen >= beams
-        place = (chosen - beams).clamp(min=0)
-        source = torch.where(grew, place // label.size(1), chosen)
-        added = label.gather(1, place % label.size(1))
+        source = row[chosen]
+        added = label.gather(1, column[chosen])
         self._blank_score = stay_blank.gather(1, source).masked_fill(grew, _NEVER)
         self._blank_best = (best + silence).gather(1, source).masked_fill(grew, _NEVER)
         self._label_score = torch.cat([stay_label, flat], dim=1).gather(1, chosen)

@@ -5,10 +5,11 @@
     python benchmarks/bench_convert.py --size triple         three times that
     python benchmarks/bench_convert.py --peer-python PATH    an interpreter that has deepspeed (and accelerate)
 
-Makes ZeRO-2 and ZeRO-3 sets (two ranks; masters, Adam moments, frozen bf16 layers) and a torch.distributed.checkpoint
-of model and moments, without needing DeepSpeed; runs every case in turn in processes of its own, inputs dropped from
-the page cache before each; writes a table to benchmarks/results/convert.md. Ours reads every result again, compares
-digests and flushes it to the device (all of it in the time shown); the others do neither.
+Makes ZeRO-2 and ZeRO-3 sets (two ranks; masters, Adam moments, frozen bf16 layers) and torch.distributed.checkpoint
+folders of the model with and without a moment, without needing DeepSpeed; runs every case in turn in processes of its
+own, inputs dropped from the page cache before each; writes a table to benchmarks/results/convert.md (convert-triple.md
+for the triple size). Ours reads every result again, compares digests and flushes it to the device (all of it in the
+time shown); the others do neither.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ WIDTH, FORWARD, VOCABULARY = 768, 3072, 32000
 SIZES = {"small": (2, 1), "full": (18, 6), "triple": (61, 20)}
 """Trained and frozen layers."""
 
-RESULTS = Path(__file__).parent / "results" / "convert.md"
+RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass
@@ -168,18 +169,22 @@ def piece(tensor: Tensor, rank: int, world: int) -> Tensor:
     return torch.cat([own, torch.zeros(size - own.numel(), dtype=tensor.dtype)])
 
 
-def make_dcp(folder: Path, layers: int) -> None:
-    """A torch.distributed.checkpoint of model and Adam moments."""
+def make_dcp(folder: Path, layers: int, *, moments: bool) -> None:
+    """A torch.distributed.checkpoint of the model, with an Adam moment or without."""
     import torch.distributed.checkpoint as dcp
 
     trained, _ = weights(layers, 0)
-    state = {"model": trained, "optim": {"state": {n: {"exp_avg": torch.zeros_like(t)} for n, t in trained.items()}}}
+    state: dict[str, object] = {"model": trained}
+    if moments:
+        state["optim"] = {"state": {n: {"exp_avg": torch.zeros_like(t)} for n, t in trained.items()}}
     dcp.save(state, checkpoint_id=folder, no_dist=True)
 
 
 # --- measuring ---
 
 OURS = "import sys\nfrom thawline.ckpt.convert import convert\nconvert(sys.argv[1], sys.argv[2], to=sys.argv[3])"
+DCP_TO_TORCH = ["-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch"]
+ACCELERATE = "import sys\nfrom accelerate.utils import merge_fsdp_weights\nmerge_fsdp_weights(sys.argv[1], sys.argv[2])"
 
 
 @dataclass
@@ -189,6 +194,7 @@ class Run:
     anonymous: int
     read: int
     written: int
+    disk: int
 
 
 def drop_caches(folder: Path) -> None:
@@ -205,18 +211,15 @@ def measure(command: list[str]) -> Run | None:
     """Run a command; None if it fails."""
     started = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    anonymous = read = written = 0
+    anonymous = 0
     while os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
         anonymous = max(anonymous, *status(child.pid, "status", "RssAnon:", 1024))
         time.sleep(0.01)
     wall = time.perf_counter() - started
-    for value in status(child.pid, "io", "rchar:", 1):
-        read = max(read, value)
-    for value in status(child.pid, "io", "wchar:", 1):
-        written = max(written, value)
+    read, written, disk = (max(status(child.pid, "io", key, 1)) for key in ("rchar:", "wchar:", "read_bytes:"))
     _, code, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(code)
-    return None if child.returncode else Run(wall, usage.ru_utime + usage.ru_stime, anonymous, read, written)
+    return None if child.returncode else Run(wall, usage.ru_utime + usage.ru_stime, anonymous, read, written, disk)
 
 
 def status(pid: int, file: str, key: str, unit: int) -> Iterator[int]:
@@ -243,19 +246,19 @@ def cases(work: Path, peer: str) -> dict[str, tuple[str, list[str]]]:
         "ours, ZeRO-2 -> torch": ours("z2", "torch", "m.pt"),
         "ours, ZeRO-3 -> safetensors": ours("z3", "safetensors", "m.safetensors"),
         "ours, ZeRO-3 -> torch": ours("z3", "torch", "m.pt"),
-        "ours, DCP -> torch": ours("dcp", "torch", "m.pt"),
-        "dcp_to_torch_save (all entries)": (
-            "dcp",
-            [
-                python,
-                "-m",
-                "torch.distributed.checkpoint.format_utils",
-                "dcp_to_torch",
-                str(work / "dcp"),
-                "{out}/m.pt",
-            ],
+        "ours, DCP (model and moment) -> torch": ours("dcp", "torch", "m.pt"),
+        "dcp_to_torch_save (model and moment, writes both)": (
+            "dcp", [python, *DCP_TO_TORCH, str(work / "dcp"), "{out}/m.pt"]
         ),
-    }
+        "ours, DCP (model only) -> torch": ours("dcp_model", "torch", "m.pt"),
+        "dcp_to_torch_save (model only)": (
+            "dcp_model", [python, *DCP_TO_TORCH, str(work / "dcp_model"), "{out}/m.pt"]
+        ),
+        "ours, DCP (model only) -> safetensors": ours("dcp_model", "safetensors", "m.safetensors"),
+    }  # fmt: skip
+    if importlib.util.find_spec("accelerate"):
+        merge = [python, "-c", ACCELERATE, str(work / "dcp_model"), "{out}"]
+        found["accelerate merge_fsdp_weights (model only) -> safetensors"] = ("dcp_model", merge)
     if peer:
         zero = [peer, "-m", "deepspeed.utils.zero_to_fp32"]
         for key in ("z2", "z3"):
@@ -271,7 +274,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--work", type=Path, help="folder for the sets; kept, and used again if they are there")
     parser.add_argument("--peer-python", default=sys.executable if importlib.util.find_spec("deepspeed") else "")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     layers, frozen = SIZES[options.size]
@@ -281,7 +284,8 @@ def main() -> None:
         for key, make in (
             ("z2", lambda path: make_zero(path, 2, layers, frozen)),
             ("z3", lambda path: make_zero(path, 3, layers, frozen)),
-            ("dcp", lambda path: make_dcp(path, layers)),
+            ("dcp", lambda path: make_dcp(path, layers, moments=True)),
+            ("dcp_model", lambda path: make_dcp(path, layers, moments=False)),
         ):
             if not (work / key).is_dir():
                 make(work / key)
@@ -303,8 +307,9 @@ def main() -> None:
                 if run is not None:
                     runs[name].append(run)
     text = report(options, runs, size)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text)
+    out = options.out or RESULTS / ("convert-triple.md" if options.size == "triple" else "convert.md")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text)
     print(text)
     print(json.dumps({name: [run.__dict__ for run in each] for name, each in runs.items()}), file=sys.stderr)
 
@@ -329,21 +334,43 @@ def report(options: argparse.Namespace, runs: dict[str, list[Run]], size: int) -
         machine,
         conditions,
         "",
-        "| case | wall s | each | CPU s | peak anonymous MB | read calls MB | written MB |",
-        "|---|---|---|---|---|---|---|",
+        "| case | wall s | each | CPU s | peak anonymous MB | read calls MB | read from disk MB | written MB |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, each in runs.items():
         if not each:
-            lines.append(f"| {name} | failed | | | | | |")
+            lines.append(f"| {name} | failed | | | | | | |")
             continue
 
         def middle(field: str, each: list[Run] = each) -> float:
             return statistics.median(getattr(run, field) for run in each)
 
         walls = ", ".join(f"{run.wall_s:.2f}" for run in each)
-        sizes = " | ".join(f"{middle(field) / 1e6:.0f}" for field in ("anonymous", "read", "written"))
+        sizes = " | ".join(f"{middle(field) / 1e6:.0f}" for field in ("anonymous", "read", "disk", "written"))
         lines.append(f"| {name} | {middle('wall_s'):.2f} | {walls} | {middle('cpu_s'):.2f} | {sizes} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *ratios(runs)]) + "\n"
+
+
+def ratios(runs: dict[str, list[Run]]) -> list[str]:
+    """Ours against the peers and the copy, by the medians of one run of this script."""
+
+    def wall(name: str) -> float:
+        return statistics.median(run.wall_s for run in runs[name])
+
+    peers = {
+        "ours, ZeRO-2 -> safetensors": "zero_to_fp32, ZeRO-2 -> safetensors",
+        "ours, ZeRO-2 -> torch": "zero_to_fp32, ZeRO-2 -> torch",
+        "ours, ZeRO-3 -> safetensors": "zero_to_fp32, ZeRO-3 -> safetensors",
+        "ours, ZeRO-3 -> torch": "zero_to_fp32, ZeRO-3 -> torch",
+        "ours, DCP (model only) -> torch": "dcp_to_torch_save (model only)",
+        "ours, DCP (model only) -> safetensors": "accelerate merge_fsdp_weights (model only) -> safetensors",
+    }
+    copy = next(iter(runs))
+    lines = ["", "| case | times as fast as the peer | times the copy's time |", "|---|---|---|"]
+    for name, peer in peers.items():
+        faster = f"{wall(peer) / wall(name):.1f}" if runs.get(peer) else "-"
+        lines.append(f"| {name} | {faster} | {wall(name) / wall(copy):.1f} |")
+    return lines
 
 
 if __name__ == "__main__":

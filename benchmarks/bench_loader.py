@@ -24,10 +24,12 @@ import soxr
 import torch
 
 from thawline.data.loader import BatchRequest, Loader
-from thawline.data.manifest import Utterance, read_manifest
+from thawline.data.manifest import read_manifest
 from thawline.data.sampler import Batching, BatchPlan, Cursor
-from thawline.data.speech import SpeechFrontend, SpeechSamples
+from thawline.data.speech import SpeechSamples
+from thawline.data.speech_frontend import SpeechFrontend
 from thawline.data.text import CharTokenizer, build_units
+from thawline.data.utterance import Utterance
 
 ROOT = Path(__file__).resolve().parent.parent
 

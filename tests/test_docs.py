@@ -54,5 +54,5 @@ def test_both_languages_have_the_same_commands_and_figures() -> None:
 def test_recipes_bind_whatever_their_data() -> None:
     from thawline.train.recipe import read_recipe
 
-    for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
+    for recipe in sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.name != "train.yaml"):
         assert read_recipe(recipe).plan

@@ -36,7 +36,20 @@ from thawline.ckpt.save import save_checkpoint
 from thawline.errors import CheckpointError
 
 REF = BaseRef.of({"w": torch.zeros(6000)})
-CALLS = ("make_dir", "create", "write", "sync", "rename_new", "replace", "exchange", "link", "remove", "remove_dir")
+CALLS = (
+    "make_dir",
+    "create",
+    "write",
+    "write_at",
+    "flush",
+    "sync",
+    "rename_new",
+    "replace",
+    "exchange",
+    "link",
+    "remove",
+    "remove_dir",
+)
 OLD, NEW = 1, 2
 
 
@@ -49,13 +62,15 @@ def save(root: Path, step: int, version: int) -> None:
         optimizer={"w/exp_avg": torch.full((6000,), float(version))},
         state={"version": version},
         base=REF,
+        ema={"w": torch.full((6000,), float(version))},
     )
 
 
 def version_in(root: Path) -> int:
     """The version of the newest whole checkpoint; fails if its parts are of different versions."""
     found = read_newest(root, report=lambda line: None)
-    versions = {int(v) for t in (*found.delta.values(), *found.optimizer.values()) for v in t.unique()}
+    tensors = (*found.delta.values(), *found.optimizer.values(), *found.ema.values())
+    versions = {int(v) for t in tensors for v in t.unique()}
     versions.add(found.state["version"])
     (version,) = versions
     return version

@@ -358,15 +358,26 @@ def test_a_git_lfs_pointer_and_an_empty_file_are_no_checkpoints(tmp_path: Path) 
             open_source(tmp_path / name)
 
 
-def test_an_adapter_is_read_and_not_taken_for_a_whole_model(tmp_path: Path) -> None:
+def test_an_adapter_without_its_base_is_read_as_what_it_is(tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora/adapter_config.json").write_text("{}")
     state = {"base_model.model.q.lora_A.weight": torch.ones(2, 4), "base_model.model.q.lora_B.weight": torch.ones(4, 2)}
     save_file(state, tmp_path / "lora/adapter_model.safetensors")
     assert agree(tmp_path / "lora", state).format == "peft adapter"
-    save_file({"q.weight": torch.zeros(4, 4)}, tmp_path / "base.safetensors")
-    with pytest.raises(CheckpointError, match="LoRA adapter"):
-        open_source(tmp_path / "lora", base=tmp_path / "base.safetensors")
+
+
+def test_a_safetensors_file_is_not_taken_for_an_old_torch_file_by_the_length_of_its_header(tmp_path: Path) -> None:
+    for length in (0x280, 0x380, 0x480, 0x580):
+        text = json.dumps({"__metadata__": {"note": ""}, "w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}})
+        text = text.replace('"note": ""', f'"note": "{"-" * (length - len(text))}"')
+        (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(4))
+        assert open_source(tmp_path / "x").format == "safetensors"
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_old_torch_files_are_known_whatever_their_pickle_protocol(protocol: int, tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(3)}, tmp_path / "x", _use_new_zipfile_serialization=False, pickle_protocol=protocol)
+    agree(tmp_path / "x", {"w": torch.ones(3)})
 
 
 # --- archives made to deceive ---

@@ -30,6 +30,7 @@ def save(root: Path, step: int) -> Path:
         optimizer={"w/exp_avg": torch.full((100,), step / 2)},
         state={"step": step},
         base=REF,
+        ema={"w": torch.full((100,), step / 4)},
     )
 
 
@@ -52,6 +53,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped header": (lambda c: flip(c / "delta.safetensors", 30), "delta.safetensors"),
     "flipped length": (lambda c: flip(c / "delta.safetensors", 4), "delta.safetensors"),
     "flipped moment": (lambda c: flip(c / "optimizer.safetensors", -1), "optimizer.safetensors"),
+    "flipped average": (lambda c: flip(c / "ema.safetensors", -1), "ema.safetensors"),
+    "averages deleted": (lambda c: (c / "ema.safetensors").unlink(), "ema.safetensors"),
     "flipped state": (lambda c: flip(c / "state.json", 3), "state.json"),
     "flipped manifest": (lambda c: flip(c / "MANIFEST.json", 40), "MANIFEST.json"),
     "emptied weights": (lambda c: os.truncate(c / "delta.safetensors", 0), "delta.safetensors"),

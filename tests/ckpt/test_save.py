@@ -7,18 +7,20 @@ import hashlib
 import json
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from tests.ckpt.test_crash import Killed, killed_after
 from torch import Tensor, nn
 
-from thawline.ckpt import store
+from thawline.ckpt import manifest, store
 from thawline.ckpt.delta import BaseRef, delta_of
-from thawline.ckpt.load import read_checkpoint
+from thawline.ckpt.load import read_checkpoint, read_newest
 from thawline.ckpt.manifest import verify
-from thawline.ckpt.save import Saver, Staging, save_checkpoint
+from thawline.ckpt.save import OPTIMIZER, PARKED, Saver, Staging, save_checkpoint
 from thawline.errors import CheckpointError
 
 BASE = {"encoder.weight": torch.ones(64, 64), "decoder.weight": torch.ones(64, 64), "decoder.steps": torch.tensor(0)}
@@ -62,6 +64,19 @@ def test_a_checkpoint_is_four_files_named_for_its_step(tmp_path: Path) -> None:
     assert json.loads((path / "state.json").read_bytes()) == STATE
     assert sorted(safetensors.torch.load_file(path / "delta.safetensors")) == ["decoder.steps", "decoder.weight"]
     assert os.listdir(tmp_path / "c") == ["step-00001200"]
+
+
+def test_averages_are_a_file_of_their_own_and_tied_names_lead_to_one_tensor(tmp_path: Path) -> None:
+    average = torch.rand(64, 64)
+    ema = {"decoder.weight": average, "again.weight": average}
+    path = save_checkpoint(tmp_path, step=1, delta=trained(), optimizer={}, state={}, base=REF, ema=ema)
+    assert sorted(safetensors.torch.load_file(path / "ema.safetensors")) == ["again.weight"]
+    found = read_checkpoint(path).ema
+    assert found.keys() == ema.keys()
+    assert all(torch.equal(t, average) for t in found.values())
+    with Saver(tmp_path / "behind", base=REF) as saver:
+        behind = saver.save(step=1, delta=trained(), optimizer={}, state={}, ema=ema).wait()
+    assert shas(behind) == shas(path)
 
 
 def test_the_same_state_gives_the_same_files(tmp_path: Path) -> None:
@@ -235,3 +250,67 @@ def test_no_pickle_is_written(tmp_path: Path) -> None:
     assert {p.suffix for p in path.iterdir()} == {".json", ".safetensors"}
     for name in ("delta", "optimizer"):
         safetensors.torch.load_file(path / f"{name}.safetensors")  # an independent reader takes them
+
+
+# --- what rests ---
+
+RESTING = {"v/exp_avg": torch.arange(500.0), "v/step": torch.tensor(3.0)}
+
+
+def save_resting(root: Path, step: int, resting: dict[str, torch.Tensor] = RESTING) -> Path:
+    moving = {"w/exp_avg": torch.full((6,), float(step))}
+    return save_checkpoint(
+        root, step=step, delta={}, optimizer=moving | resting, state={}, base=BaseRef.of({}), parked=set(resting)
+    )
+
+
+def test_parked_moments_are_one_file_under_many_names_until_they_change(tmp_path: Path) -> None:
+    one, two = save_resting(tmp_path, 1), save_resting(tmp_path, 2)
+    inodes = {(path / PARKED).stat().st_ino for path in (one, two)}
+    assert len(inodes) == 1
+    assert (one / OPTIMIZER).stat().st_ino != (two / OPTIMIZER).stat().st_ino
+    three = save_resting(tmp_path, 3, {"v/exp_avg": torch.ones(500)})
+    assert (three / PARKED).stat().st_nlink == 1
+    store.retire(one)
+    found = read_checkpoint(two)
+    assert found.optimizer["w/exp_avg"].tolist() == [2.0] * 6
+    assert torch.equal(found.optimizer["v/exp_avg"], RESTING["v/exp_avg"])
+    assert manifest.verify(two) == ()
+
+
+def test_a_damaged_file_is_not_given_a_second_name(tmp_path: Path) -> None:
+    one = save_resting(tmp_path, 1)
+    data = bytearray((one / PARKED).read_bytes())
+    data[-1] ^= 1
+    (one / PARKED).write_bytes(data)
+    two = save_resting(tmp_path, 2)
+    assert [problem.partition(" digest")[0] for problem in manifest.verify(one)] == [f"{PARKED}: altered:"]
+    assert manifest.verify(two) == ()
+
+
+def test_where_there_are_no_second_names_the_file_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Plain(store.FileSystem):
+        def link(self, old: Path, new: Path) -> None:
+            raise OSError(errno.EPERM, "Operation not permitted", str(new))
+
+    monkeypatch.setattr(store, "SYSTEM", Plain())
+    paths = [save_resting(tmp_path, step) for step in (1, 2)]
+    assert [(path / PARKED).stat().st_nlink for path in paths] == [1, 1]
+    assert all(manifest.verify(path) == () for path in paths)
+
+
+def test_killed_after_any_call_of_a_save_with_a_second_name_the_old_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for k in range(1, 20):
+        root = tmp_path / str(k)
+        save_resting(root, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "SYSTEM", killed_after(k, store.FileSystem))
+            with suppress(Killed):
+                save_resting(root, 2)
+        found = read_newest(root, report=lambda line: None)
+        assert torch.equal(found.optimizer["v/exp_avg"], RESTING["v/exp_avg"])
+    assert found.step == 2

@@ -69,18 +69,29 @@ def write_list(folder: Path, name: str, count: int) -> Path:
     return path
 
 
-def write_all(folder: Path) -> Path:
-    """A base with random weights, two lists and a recipe; returns the recipe."""
+def write_model(folder: Path, yaml: str = TRAIN_YAML, *, seed: int = 0) -> Path:
+    """A WeNet directory with random weights."""
     import torch
 
     from thawline.tasks.loading import draw
 
-    base = folder / "base"
-    base.mkdir(parents=True)
-    (base / "train.yaml").write_text(TRAIN_YAML)
-    (base / "units.txt").write_text("".join(f"{unit} {i}\n" for i, unit in enumerate(UNITS)))
-    torch.manual_seed(0)
-    torch.save(draw(base).state_dict(), base / "final.pt")
+    folder.mkdir(parents=True)
+    (folder / "train.yaml").write_text(yaml)
+    (folder / "units.txt").write_text("".join(f"{unit} {i}\n" for i, unit in enumerate(UNITS)))
+    torch.manual_seed(seed)
+    torch.save(draw(folder).state_dict(), folder / "final.pt")
+    return folder
+
+
+def write_chunk_model(folder: Path) -> Path:
+    """One that was trained for chunks of any size."""
+    yaml = TRAIN_YAML.replace("causal: false, use_dynamic_chunk: false", "causal: true, use_dynamic_chunk: true")
+    return write_model(folder, yaml.replace("cnn_module_norm: batch_norm", "cnn_module_norm: layer_norm"), seed=3)
+
+
+def write_all(folder: Path) -> Path:
+    """A base with random weights, two lists and a recipe; returns the recipe."""
+    write_model(folder / "base")
     write_list(folder, "train", 12)
     write_list(folder, "dev", 4)
     recipe = folder / "recipe.yaml"

@@ -9,22 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.models.wenet_cases import CASES
 from torch import Tensor
 
 import thawline as tl
 from thawline.cli.app import run
 from thawline.tasks.speech_home import SpeechHome
-
-CASES = (
-    "u2_conformer",
-    "u2pp_conformer",
-    "u2pp_conformer_bn",
-    "transformer",
-    "u2_conformer_conv2d6",
-    "u2_conformer_conv2d8",
-    "u2_conformer_postnorm",
-    "whisper",
-)
 
 
 def convert(source: Path, target: Path, to: str, *more: str) -> None:
@@ -135,3 +125,56 @@ def test_a_converted_wenet_directory_loads(shared: Path, tmp_path: Path) -> None
     assert {p.name for p in (tmp_path / "made").iterdir()} >= {"final.pt", "train.yaml", "units.txt", "global_cmvn"}
     one, two = tl.load(source).state_dict(), tl.load(tmp_path / "made").state_dict()
     assert same_bits(dict(one), dict(two))
+
+
+def openai_with_real_vocabulary(shared: Path, path: Path) -> None:
+    """The golden OpenAI file with as many tokens as OpenAI's multilingual models have."""
+    content = torch.load(shared / "parity" / "wenet" / "whisper_from_openai" / "openai.pt", weights_only=True)
+    content["dims"]["n_vocab"] = 51865
+    width = content["dims"]["n_text_state"]
+    content["model_state_dict"]["decoder.token_embedding.weight"] = torch.randn(51865, width).half()
+    torch.save(content, path)
+
+
+def test_a_whisper_becomes_a_directory_that_wenet_can_use(shared: Path, tmp_path: Path) -> None:
+    """train.yaml against the one that WeNet's own converter wrote; the special tokens against Hugging Face's."""
+    import yaml
+
+    golden = yaml.safe_load((shared / "parity" / "wenet" / "whisper_from_openai" / "train.yaml").read_text())
+    openai_with_real_vocabulary(shared, tmp_path / "openai.pt")
+    convert(tmp_path / "openai.pt", tmp_path / "wenet", "wenet")
+    made = yaml.safe_load((tmp_path / "wenet" / "train.yaml").read_text())
+    assert made.keys() == golden.keys()
+    same = (
+        "input_dim", "encoder", "encoder_conf", "decoder", "decoder_conf", "model", "model_conf", "tokenizer", "cmvn",
+        "cmvn_conf", "dataset", "dataset_conf", "ctc",
+    )  # fmt: skip
+    assert {key: made[key] for key in same} == {key: golden[key] for key in same}
+    assert made["output_dim"] == 51865
+    generation = json.loads((shared / "models" / "whisper-base" / "generation_config.json").read_text())
+    special = made["tokenizer_conf"]["special_tokens"]
+    assert special["no_timestamps"] == generation["no_timestamps_token_id"]
+    assert special["transcribe"] == generation["task_to_id"]["transcribe"]
+    assert special["sot"] == generation["decoder_start_token_id"]
+    assert made["tokenizer_conf"]["num_languages"] == len(generation["lang_to_id"])
+    model = tl.load(tmp_path / "wenet")
+    names = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    written = read(tmp_path / "wenet" / "final.pt")
+    assert {name: written[name].shape for name in written} == {name: names[name] for name in written}
+    convert(tmp_path / "openai.pt", tmp_path / "one.pt", "wenet")
+    assert yaml.safe_load((tmp_path / "one.yaml").read_text()) == made
+
+
+def test_the_units_are_the_vocabulary_of_the_hugging_face_folder(shared: Path, tmp_path: Path) -> None:
+    openai_with_real_vocabulary(shared, tmp_path / "openai.pt")
+    convert(tmp_path / "openai.pt", tmp_path / "hf", "hf")
+    for name in ("vocab.json", "added_tokens.json", "tokenizer.json"):
+        shutil.copyfile(shared / "models" / "whisper-base" / name, tmp_path / "hf" / name)
+    convert(tmp_path / "hf", tmp_path / "wenet", "wenet")
+    lines = (tmp_path / "wenet" / "units.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 51865
+    assert lines[0] == "b'!' 0"
+    the = json.loads((tmp_path / "hf" / "vocab.json").read_text())["\u0120the"]
+    assert lines[the] == f"b'<space>the' {the}"
+    assert lines[50257] == "b'<|endoftext|>' 50257"
+    assert all(line.split(" ")[1] == str(number) for number, line in enumerate(lines))

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from tests.cli.speech_fixture import TRAIN_YAML, write_all, write_wav
+from tests.cli.speech_fixture import write_all, write_chunk_model, write_wav
 
 from thawline.tasks.recognition import Recognizer
 
@@ -20,22 +19,15 @@ pytest.importorskip("multipart")
 from fastapi.testclient import TestClient
 
 from thawline.tasks.live_speech import LiveSpeech, can_stream
-from thawline.tasks.serving import Limits, make_app
+from thawline.tasks.serving import make_app
+from thawline.tasks.serving_desk import Limits
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("serve")
     write_all(place)
-    chunked = place / "chunked"  # a model that was trained for chunks
-    chunked.mkdir()
-    text = TRAIN_YAML.replace("causal: false, use_dynamic_chunk: false", "causal: true, use_dynamic_chunk: true")
-    (chunked / "train.yaml").write_text(text.replace("cnn_module_norm: batch_norm", "cnn_module_norm: layer_norm"))
-    (chunked / "units.txt").write_text((place / "base" / "units.txt").read_text())
-    from thawline.tasks.loading import draw
-
-    torch.manual_seed(3)
-    torch.save(draw(chunked).state_dict(), chunked / "final.pt")
+    write_chunk_model(place / "chunked")
     return place
 
 

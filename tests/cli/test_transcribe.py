@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.cli.speech_fixture import write_all, write_wav
+from tests.cli.speech_fixture import write_all, write_chunk_model, write_wav
 
 from thawline.cli.app import run
 
@@ -47,6 +47,25 @@ def test_every_mode_prints_one_json_object_with_times(
         assert isinstance(row["score"], float)
 
 
+@pytest.mark.parametrize("mode", ["ctc_greedy_search", "attention_rescoring"])
+def test_streaming_with_caches_prints_what_the_chunk_mask_prints(
+    folder: Path, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_chunk_model(tmp_path / "chunked")
+    argv = ("transcribe", model, folder / "dev3.wav", "--mode", mode, "--blank-penalty", "5", "--json", "--times")
+    found = []
+    for more in ((), ("--streaming",)):
+        code, out, _ = call(capsys, *argv, "--chunk-size", "4", "--left-chunks", "2", *more)
+        assert code == 0
+        row = json.loads(out)["transcripts"][0]
+        found.append((row["text"], row["tokens"], row["token_times"], pytest.approx(row["score"], abs=1e-4)))
+    assert found[0] == found[1]
+    assert found[0][0]
+    code, _, err = call(capsys, *argv, "--streaming")
+    assert code == 2
+    assert "streaming needs a chunk size" in err
+
+
 def test_subtitles_go_to_standard_output_or_into_a_folder(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,6 +98,7 @@ def test_subtitles_go_to_standard_output_or_into_a_folder(
         (["--mode", "whisper"], 2, "mode whisper is for Whisper"),
         (["--chunk-size", "4"], 2, "this model knows full context only"),
         (["--mode", "attention_rescoring", "--reverse-weight", "0.3"], 2, "this model has no right-to-left decoder"),
+        (["--fallback"], 2, "fallback is for Whisper alone"),
         (["--hotword", "xyz", "--mode", "attention_rescoring"], 2, "cannot be spelled with this model's units"),
         (["--max-minutes", "0.001"], 3, "hours are more than the limit"),
     ],

@@ -6,6 +6,7 @@ refused, and what is refused leaves model and files as they were.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from thawline.ckpt.diff import diff
 from thawline.ckpt.load import load_strict_, newest_whole, read_checkpoint, read_newest
 from thawline.ckpt.retention import Keep, prune
 from thawline.ckpt.save import Saver
+from thawline.ckpt.source import open_source
+from thawline.ckpt.tensors import SourceTensors
 from thawline.core.digest import digest_tensor
 from thawline.errors import BaseMismatch, CheckpointError
 
@@ -129,7 +132,11 @@ def test_the_mean_of_checkpoints_loads_like_any_model(tmp_path: Path) -> None:
         torch.manual_seed(9)
         train(model, count + 1)
     mean = made(0)
-    load_strict_(mean, average([(str(n), model.state_dict()) for n, model in enumerate(models)]), source="mean of 3")
+    with ExitStack() as opened:
+        for n, model in enumerate(models):
+            torch.save(model.state_dict(), tmp_path / f"{n}.pt")
+        sources = [opened.enter_context(open_source(tmp_path / f"{n}.pt")) for n in range(3)]
+        load_strict_(mean, SourceTensors(average(sources)), source="mean of 3")
     assert int(mean.encoder[1].num_batches_tracked) == 2
     assert torch.equal(mean.encoder[0].weight, models[0].encoder[0].weight)  # frozen: the mean of equals is equal
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from thawline.data.audio import decode, duration_s, read_audio, resample
-from thawline.data.manifest import Utterance, fill_durations, read_manifest
+from thawline.data.manifest import fill_durations, read_manifest
+from thawline.data.utterance import Utterance
 from thawline.errors import DataError
 
 soundfile = pytest.importorskip("soundfile", reason="the speech extra is not installed")

@@ -8,7 +8,8 @@ import pytest
 
 from thawline.data.cmvn import cmvn_sums
 from thawline.data.manifest import read_manifest
-from thawline.data.speech import SpeechFrontend, SpeechSamples
+from thawline.data.speech import SpeechSamples
+from thawline.data.speech_frontend import SpeechFrontend
 from thawline.errors import DataError
 from thawline.models.wenet.cmvn import read_cmvn
 

@@ -14,16 +14,9 @@ import pytest
 from safetensors.torch import load_file
 
 from thawline.core.extras import need
-from thawline.data.conversation import (
-    IGNORE,
-    TEMPLATES,
-    Dialogue,
-    Turn,
-    encode,
-    read_dialogues,
-    shuffled,
-    times_message,
-)
+from thawline.data.conversation import Dialogue, Turn, read_dialogues, shuffled
+from thawline.data.conversation_templates import TEMPLATES, times_message
+from thawline.data.conversation_tokens import IGNORE, encode
 from thawline.errors import DataError
 
 
@@ -277,7 +270,7 @@ def test_no_message_about_times_where_there_are_none() -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, thawline.data.conversation; sys.exit('torch' in sys.modules)"
+    code = "import sys, thawline.data.conversation_tokens; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

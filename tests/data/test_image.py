@@ -91,6 +91,65 @@ def test_transparent_pixels_lie_over_white(tmp_path: Path) -> None:
     assert read_pixels(tmp_path / "x.png").min() == 255
 
 
+def test_every_way_of_storing_colours_gives_the_same_picture(tmp_path: Path) -> None:
+    red = Image.new("RGB", (4, 3), (255, 0, 0))
+    red.convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png")
+    red.convert("RGBA").save(tmp_path / "alpha.png")
+    red.convert("CMYK").save(tmp_path / "cmyk.tif")
+    Image.new("1", (4, 3), 1).save(tmp_path / "bit.png")
+    Image.new("LA", (4, 3), (0, 0)).save(tmp_path / "clear.png")
+    for name in ("palette.png", "alpha.png", "cmyk.tif"):
+        assert np.array_equal(read_pixels(tmp_path / name), np.asarray(red)), name
+    for name in ("bit.png", "clear.png"):
+        assert read_pixels(tmp_path / name).min() == 255, name
+
+
+def test_sixteen_bits_lose_their_lower_half_and_are_not_cut_off(tmp_path: Path) -> None:
+    grey = np.array([[0, 255, 256, 40000, 65535]], np.uint16)
+    Image.fromarray(grey).save(tmp_path / "deep.png")
+    assert read_pixels(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 0, 1, 156, 255]
+    Image.new("F", (4, 3), 0.5).save(tmp_path / "float.tif")
+    with pytest.raises(DataError, match="floating-point samples have no known range"):
+        read_pixels(tmp_path / "float.tif")
+
+
+def test_of_an_animation_the_first_picture_is_seen(tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", (4, 3), colour) for colour in ((255, 0, 0), (0, 0, 255))]
+    for name in ("a.gif", "a.webp"):
+        pictures[0].save(tmp_path / name, save_all=True, append_images=pictures[1:], lossless=True)
+        assert read_pixels(tmp_path / name)[0, 0].tolist() == pytest.approx([255, 0, 0], abs=2)  # webp's own rounding
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])  # where Pillow warns, and where it refuses by itself
+def test_an_image_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path: Path, side: int) -> None:
+    bomb = tmp_path / "bomb.png"
+    Image.new("1", (side, side)).save(bomb)
+    assert bomb.stat().st_size < 100_000
+    with pytest.raises(DataError, match=r"cannot be read as an image: Image size \(\d+ pixels\) exceeds limit"):
+        read_pixels(bomb)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "PPM"])
+def test_a_damaged_file_is_a_picture_or_a_sentence_and_never_anything_else(tmp_path: Path, form: str) -> None:
+    chance = np.random.RandomState(1)
+    Image.fromarray(chance.randint(0, 256, (24, 20, 3)).astype(np.uint8)).save(tmp_path / "whole", form)
+    whole = (tmp_path / "whole").read_bytes()
+    reasons: list[str] = []
+    for _ in range(60):
+        torn = bytearray(whole[: chance.randint(1, len(whole) + 1)])
+        for place in chance.randint(0, min(len(torn), 80), 4):
+            torn[place] = chance.randint(256)
+        (tmp_path / "torn").write_bytes(bytes(torn))
+        try:
+            pixels = read_pixels(tmp_path / "torn")
+        except DataError as error:
+            reasons.append(error.what)
+        else:
+            assert (pixels.dtype, pixels.shape[2]) == (np.uint8, 3)
+    assert reasons
+    assert all(reason.startswith("cannot be read as an image: ") for reason in reasons)
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
 def test_what_is_no_image_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.png").write_bytes(content)

@@ -24,7 +24,8 @@ from thawline.data.image_transforms import (
     seen,
     varied,
 )
-from thawline.data.loader import BatchRequest, Loader, seed_sample
+from thawline.data.loader import BatchRequest, Loader
+from thawline.data.sample_reading import seed_sample
 from thawline.data.sampler import Cursor
 from thawline.errors import RecipeError
 

@@ -422,7 +422,7 @@ def test_a_reader_that_cannot_be_unpickled_says_why(reading: ModuleType):
 
 
 def test_seeding_costs_little_per_sample(reading: ModuleType):
-    from thawline.data.loader import seed_sample
+    from thawline.data.sample_reading import seed_sample
 
     best = min(_time(lambda: [seed_sample(1, 0, i) for i in range(200)]) for _ in range(5)) / 200
     assert best < 200e-6  # about 30 microseconds here

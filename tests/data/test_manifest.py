@@ -13,15 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from thawline.data.manifest import (
-    FORMATS,
-    TarRef,
-    Utterance,
-    fill_durations,
-    pipe_command,
-    read_manifest,
-    tar_index,
-)
+from thawline.data.manifest import FORMATS, fill_durations, read_manifest
+from thawline.data.manifests.shards import tar_index
+from thawline.data.utterance import TarRef, Utterance, pipe_command
 from thawline.errors import DataError
 
 

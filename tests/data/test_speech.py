@@ -15,17 +15,12 @@ from pydantic import ValidationError
 from thawline.data.audio import read_audio
 from thawline.data.augment import change_speed
 from thawline.data.features import FbankConf, LogMelConf, fbank, n_frames
-from thawline.data.loader import BatchRequest, LoadedBatch, Loader, seed_sample
+from thawline.data.loader import BatchRequest, LoadedBatch, Loader
 from thawline.data.manifest import read_manifest
+from thawline.data.sample_reading import seed_sample
 from thawline.data.sampler import Batching, BatchPlan, Cursor
-from thawline.data.speech import (
-    FilterConf,
-    SpeechBatch,
-    SpeechFrontend,
-    SpeechSample,
-    SpeechSamples,
-    collate,
-)
+from thawline.data.speech import SpeechBatch, SpeechSample, SpeechSamples, collate
+from thawline.data.speech_frontend import FilterConf, SpeechFrontend
 from thawline.data.text import CharTokenizer, build_units
 from thawline.errors import DataError
 

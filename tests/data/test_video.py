@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from thawline.data.video import (
     read_video,
     tile_grid,
     to_tiles,
+    video_seconds,
 )
 from thawline.errors import DataError
 
@@ -170,6 +172,115 @@ def test_a_truncated_video_is_refused_or_read_but_never_crashes(tmp_path: Path) 
         read_video(cut, 4)
 
 
+def test_a_matroska_file_cut_anywhere_gives_frames_or_a_sentence(tmp_path: Path) -> None:
+    whole = write_video(tmp_path / "v.mkv", "libx264", "yuv420p", {"g": "10"}).read_bytes()
+    cut = tmp_path / "cut.mkv"
+    refusals: list[DataError] = []
+    read = 0
+    for share in (0.02, 0.2, 0.5, 0.8, 0.99):
+        cut.write_bytes(whole[: int(len(whole) * share)])
+        try:
+            read += read_video(cut, 4).frames.shape == (4, 48, 64, 3)
+        except DataError as error:
+            refusals.append(error)
+    assert read + len(refusals) == 5
+    assert all(error.where == str(cut) for error in refusals)
+    assert read  # what was written before the cut can be watched
+
+
+def test_frames_of_uneven_length_keep_their_own_times(tmp_path: Path) -> None:
+    av = need("av", extra="video")
+    path = tmp_path / "uneven.mp4"
+    shown_at = [0, 1, 2, 3, 20, 21, 50, 90]  # tenths of a second
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 10)
+        for number, tenths in enumerate(shown_at):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), number * STEP, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = tenths, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    clip = read_video(path, len(shown_at))
+    assert numbers(clip) == list(range(8))
+    assert clip.times_s == pytest.approx([t / 10 for t in shown_at], abs=0.01)
+    assert numbers(read_video(path, 2, start_s=1.0, end_s=6.0)) == [4, 5]
+    assert video_seconds(path) == pytest.approx(9.0, abs=0.01)
+
+
+def test_a_video_without_a_frame_is_named(tmp_path: Path) -> None:
+    av = need("av", extra="video")
+    path = tmp_path / "nothing.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.start_encoding()
+    with pytest.raises(DataError, match=r"nothing\.mkv: the video cannot be read: End of file"):
+        read_video(path, 4)
+    stills = tmp_path / "stills.mp4"
+    with av.open(str(stills), "w") as container:
+        sound = container.add_stream("aac", rate=8000, layout="mono")
+        container.add_stream("libx264", rate=8).width = 64
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 8000
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+    with pytest.raises(DataError, match=r"the video holds no frame that can be decoded|there is no video in the file"):
+        read_video(stills, 4)
+
+
+IDENTITY = (65536, 0, 0, 0, 65536, 0, 0, 0, 0x40000000)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "light"),
+    [
+        (IDENTITY, (slice(None), slice(0, 32))),
+        ((0, 65536, 0, -65536, 0, 0, 0, 0, 0x40000000), (slice(0, 32), slice(None))),
+        ((0, -65536, 0, 65536, 0, 0, 0, 0, 0x40000000), (slice(32, 64), slice(None))),
+        ((-65536, 0, 0, 0, -65536, 0, 0, 0, 0x40000000), (slice(None), slice(32, 64))),
+    ],
+    ids=["upright", "clockwise", "anticlockwise", "upside_down"],
+)
+def test_a_telephone_held_sideways_is_turned_upright(tmp_path: Path, matrix: Any, light: Any) -> None:
+    av = need("av", extra="video")
+    path = tmp_path / "turned.mp4"
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[:, :32] = 200  # the left half is light
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(8):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, RATE)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    held = path.read_bytes()
+    at = held.index(struct.pack(">9i", *IDENTITY), held.index(b"tkhd"))  # the track's matrix (ISO 14496-12, 8.3.2)
+    path.write_bytes(held[:at] + struct.pack(">9i", *matrix) + held[at + 36 :])
+    seen = read_video(path, 2).frames[0]
+    assert seen.shape == ((64, 48, 3) if matrix[0] == 0 else (48, 64, 3))
+    shown = seen[light]
+    assert shown.mean() > 190
+    assert seen.astype(int).sum() == pytest.approx(shown.astype(int).sum(), rel=0.02)  # the rest is dark
+
+
+def test_frames_that_would_fill_the_memory_are_refused(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(DataError, match="frames of 10000 x 10000 pixels are more than the limit of 89478485"):
+        read_image(tmp_path / "bomb.png")
+
+
+def test_a_photograph_held_sideways_is_turned_upright(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    lying = image.new("RGB", (40, 20))
+    exif = lying.getexif()
+    exif[0x0112] = 6  # to be turned 90 degrees clockwise
+    lying.save(tmp_path / "x.jpg", exif=exif)
+    assert read_image(tmp_path / "x.jpg").frames.shape == (1, 40, 20, 3)
+
+
 def test_a_sound_file_has_no_video(tmp_path: Path) -> None:
     av = need("av", extra="video")
     path = tmp_path / "sound.wav"
@@ -181,6 +292,8 @@ def test_a_sound_file_has_no_video(tmp_path: Path) -> None:
         container.mux(stream.encode())
     with pytest.raises(DataError, match="there is no video in the file"):
         read_video(path, 4)
+    with pytest.raises(DataError, match="there is no video in the file"):
+        video_seconds(path)
 
 
 def test_an_image_is_a_clip_of_one_frame(tmp_path: Path) -> None:

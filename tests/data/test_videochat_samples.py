@@ -13,7 +13,9 @@ import torch
 from tests.data.test_conversation import Words
 from tests.data.test_video import write_video
 
-from thawline.data.conversation import IGNORE, TEMPLATES, read_dialogues
+from thawline.data.conversation import read_dialogues
+from thawline.data.conversation_templates import TEMPLATES
+from thawline.data.conversation_tokens import IGNORE
 from thawline.data.videochat import ChatSamples, ClipSettings, pad_words
 from thawline.errors import DataError, RecipeError
 

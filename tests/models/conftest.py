@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from tests.models.wenet_cases import CASES
 from torch import Tensor
 
 from thawline.models.wenet.cmvn import read_cmvn
@@ -60,16 +61,6 @@ def open_case(shared: Path, name: str) -> Case:
     return Case(folder=folder, values=values, config=read_config(values, where=f"{name}/train.yaml"))
 
 
-CASES = (
-    "u2_conformer",
-    "u2pp_conformer",
-    "u2pp_conformer_bn",
-    "transformer",
-    "u2_conformer_conv2d6",
-    "u2_conformer_conv2d8",
-    "u2_conformer_postnorm",
-    "whisper",
-)
 WITH_GRADIENTS = ("u2_conformer", "u2pp_conformer", "u2pp_conformer_bn", "whisper")
 WITH_CHUNKS = ("u2pp_conformer", "u2pp_conformer_bn")
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from thawline.core.whisper import huggingface_values
 from thawline.errors import CheckpointError, RecipeError
 from thawline.models.family import build_empty, sniff
-from thawline.models.whisper_config import huggingface_values
 from thawline.models.whisper_names import translate
 
 TINY = {

@@ -12,7 +12,8 @@ from tests.data.test_video import write_video
 from tests.models.videochat_case import Letters, tiny_config, tiny_llm, tiny_model
 
 from thawline.core.select import select
-from thawline.data.conversation import TEMPLATES, read_dialogues
+from thawline.data.conversation import read_dialogues
+from thawline.data.conversation_templates import TEMPLATES
 from thawline.data.videochat import ChatBatch, ChatSamples, ClipSettings
 from thawline.freeze.inspect import index_of
 from thawline.models.videochat.config import FAMILIES, Family, VideoChatConfig, VisionConfig

@@ -142,11 +142,11 @@ def test_short_features_are_continued_with_the_log_mel_of_silence() -> None:
     model = tiny()
     feats = torch.full((2, 30, 8), 0.5)
     feats[1] = -1.0
-    window = model._window(feats, torch.tensor([30, 20]))
+    window = model.window(feats, torch.tensor([30, 20]))
     assert window.shape == (2, 8, 50)
     assert torch.equal(window[0, :, 30:], torch.full((8, 20), -1.5))  # the floor of 1e-10
     assert torch.equal(window[1, :, 20:], torch.full((8, 30), -1.5))
-    loud = model._window(torch.full((1, 30, 8), 2.0), torch.tensor([30]))
+    loud = model.window(torch.full((1, 30, 8), 2.0), torch.tensor([30]))
     assert torch.equal(loud[0, :, 30:], torch.full((8, 20), 0.0))  # 8 decades under the peak
 
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from thawline.errors import CheckpointError
-from thawline.models.wenet.config import read_config
-from thawline.models.wenet.masks import valid_mask
-from thawline.models.wenet.targets import TeacherForcing
-from thawline.models.whisper_config import (
+from thawline.core.whisper import (
     dims_of_huggingface,
     huggingface_values,
     special_tokens,
     wenet_values,
 )
+from thawline.errors import CheckpointError
+from thawline.models.wenet.config import read_config
+from thawline.models.wenet.masks import valid_mask
+from thawline.models.wenet.targets import TeacherForcing
 from thawline.models.whisper_names import LANGUAGES, TIED, WENET_ONLY, rule_of, translate
 
 

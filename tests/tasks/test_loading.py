@@ -10,22 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.models.wenet_cases import CASES
 from torch import Tensor
 
 import thawline as tl
 from thawline.core.rng import derive
 from thawline.tasks.speech_weights import NEW_TENSOR_KEY, notes_of
-
-CASES = (
-    "u2_conformer",
-    "u2pp_conformer",
-    "u2pp_conformer_bn",
-    "transformer",
-    "u2_conformer_conv2d6",
-    "u2_conformer_conv2d8",
-    "u2_conformer_postnorm",
-    "whisper",
-)
 
 
 def prompts(folder: Path) -> dict[str, Any]:
@@ -93,6 +83,28 @@ def test_chunked_attention_gives_wenets_numbers(shared: Path, name: str) -> None
         with torch.no_grad():
             out, lengths = model.encode(io["feats"], io["feats_lengths"], chunk_size=chunk, left_chunks=left)
         torch.testing.assert_close(valid_rows(out, lengths), valid_rows(io[key], lengths), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["u2pp_conformer", "u2pp_conformer_bn"])
+def test_streaming_with_caches_gives_wenets_frames_and_the_tokens_of_its_chunk_mask(shared: Path, name: str) -> None:
+    folder = shared / "parity" / "wenet" / name
+    io, golden = load_file(folder / "io.safetensors"), json.loads((folder / "decode.json").read_text())
+    model: Any = tl.load(folder)
+    chunked = [case for case in golden.values() if case["args"]["decoding_chunk_size"] > 0]
+    assert chunked
+    for case in chunked:
+        args = case["args"]
+        chunk, left = args["decoding_chunk_size"], args["num_decoding_left_chunks"]
+        for i, frames in enumerate(io["feats_lengths"].tolist()):
+            stream = model.stream(chunk_size=chunk, left_chunks=left)
+            out = torch.cat([stream.feed(io["feats"][i : i + 1, :frames]), stream.finish()], dim=1)
+            torch.testing.assert_close(out, io[f"chunk{chunk}_left{left}.stream.utt{i}"], atol=2e-5, rtol=0)
+        for mode, expected in case["results"].items():
+            found = model.decode(
+                io["feats"], io["feats_lengths"], mode=mode, beam=args["beam_size"], ctc_weight=args["ctc_weight"],
+                reverse_weight=args["reverse_weight"], chunk_size=chunk, left_chunks=left, streaming=True,
+            )  # fmt: skip
+            assert [list(h.tokens) for h in found] == [row["tokens"] for row in expected]
 
 
 def test_an_experiment_directory_with_a_dangling_final_link_is_its_last_epoch(shared: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from thawline.errors import DataError, RecipeError
 from thawline.models.decode.align import ctc_align
 from thawline.tasks.recognition import Recognizer
 from thawline.tasks.speech_windows import quiet_windows
-from thawline.tasks.transcript import Timed, Transcript, join_words, subrip, webvtt, words_of
+from thawline.tasks.transcript import Timed, Transcript, join_words, spoken_words, subrip, webvtt, words_of
 
 MODES = ("ctc_greedy_search", "ctc_prefix_beam_search", "attention", "attention_rescoring")
 
@@ -113,6 +113,8 @@ def test_words_lie_in_order_inside_the_recording_and_spell_the_text(folder: Path
     recognizer = Recognizer.open(folder / "base", mode=mode)
     found = next(recognizer.transcripts([folder / "dev3.wav"], times=True))
     assert " ".join(word.text for word in found.words).split() == found.text.split()
+    assert len(found.token_times_s) == len(found.tokens)
+    assert {word.start_s for word in found.words} <= set(found.token_times_s)
     edges = [edge for word in found.words for edge in (word.start_s, word.end_s)]
     assert edges == sorted(edges)
     assert all(0 <= edge <= found.seconds + 0.02 for edge in edges)
@@ -131,6 +133,31 @@ def test_tokens_become_words_at_marks_spaces_and_ideographs() -> None:
         "two",
         "one",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        (" Mr. Quilter's gospel (in 3.5 parts) cost $20, he said: \"Don't!\" -- so...", "english"),
+        ("今天天气很好，我们去公园吧。", "chinese"),
+        (" Größe, naïve Fußgänger — „ja“", "german"),
+        (" ¿Qué hora es? [risas]", "spanish"),
+    ],
+)
+def test_a_whispers_tokens_become_words_as_in_transformers(shared: Path, text: str, language: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.models.whisper.tokenization_whisper import _combine_tokens_into_words
+
+    from thawline.data.text import WhisperTokenizer
+
+    place = shared / "models" / "whisper-base"
+    ours, theirs = WhisperTokenizer(place), transformers.WhisperTokenizer.from_pretrained(place)
+    tokens = ours.encode(text)
+    spans = [(float(n), n + 1.0) for n in range(len(tokens))]
+    found = spoken_words(ours, tokens, spans, spaced=language != "chinese")
+    words, _, numbers = _combine_tokens_into_words(theirs, tokens, language)
+    assert [w.text for w in found] == [w.strip() for w in words]
+    assert [(w.start_s, w.end_s) for w in found] == [(float(n[0]), n[-1] + 1.0) for n in numbers]
 
 
 def test_subtitles_are_written_as_players_read_them() -> None:

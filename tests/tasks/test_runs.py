@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.train.runs import AtStep
 from tests.train.toy import RECIPE, write_recipe
 
-from thawline.errors import CheckpointError, LawBroken
+from thawline.ckpt.load import read_checkpoint
+from thawline.ckpt.save import save_checkpoint
+from thawline.errors import CheckpointError, LawBroken, Stopped
 from thawline.tasks import runs
 
 
@@ -44,6 +47,32 @@ def test_a_recorded_step_that_comes_out_otherwise_is_named(toy: Path) -> None:
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(LawBroken, match="step 19 does not come out the same"):
         runs.repeat_steps(toy / "run", 5)
+
+
+def test_steps_before_a_stop_are_repeated_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(runs.TASKS, "toy", "tests.train.toy:ToyTask")
+    write_recipe(tmp_path, RECIPE.replace("keep: 2", "keep: 100"))
+    with pytest.raises(Stopped):
+        runs.train(tmp_path / "toy.yaml", {"run.ema": {}}, run=tmp_path / "run", monitor=AtStep(11))
+    assert runs.repeat_steps(tmp_path / "run", 2) == 2  # from the checkpoint of step 9 to that of the stop
+    spoil(tmp_path / "run" / "checkpoints" / "step-00000011")
+    with pytest.raises(LawBroken, match=r"1 tensors come out otherwise: ema/head\.bias"):
+        runs.repeat_steps(tmp_path / "run", 2)
+
+
+def spoil(checkpoint: Path) -> None:
+    """Change one average of a checkpoint, and write it as whole."""
+    found = read_checkpoint(checkpoint)
+    ema = {name: t + (name == "head.bias") for name, t in found.ema.items()}
+    save_checkpoint(
+        checkpoint.parent,
+        step=found.step,
+        delta=found.difference,
+        optimizer=found.optimizer,
+        state=found.state,
+        base=found.base,
+        ema=ema,
+    )
 
 
 def test_nothing_to_repeat_from_is_said(toy: Path, tmp_path: Path) -> None:

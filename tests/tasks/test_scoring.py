@@ -5,7 +5,7 @@ from __future__ import annotations
 import jiwer
 import pytest
 
-from thawline.data.manifest import Utterance
+from thawline.data.utterance import Utterance
 from thawline.errors import RecipeError
 from thawline.tasks.scoring import alignment, confusions, errors_of, normalizer, score
 from thawline.tasks.speech_page import evaluation_page

@@ -85,6 +85,41 @@ def test_a_long_recording_follows_the_time_marks_as_transformers_does(
     assert found.segments[-1].start_s > 28
 
 
+@pytest.mark.parametrize("copies", [1, 4], ids=["8.7 s", "37 s"])
+def test_words_and_their_times_are_those_of_transformers_pipeline(
+    shared: Path, recognizer: Recognizer, theirs: tuple[Any, Any], copies: int, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    soundfile = pytest.importorskip("soundfile")
+    one = read_audio(clips(shared)[0])
+    whole = np.concatenate([one, np.zeros(8000, np.float32)] * copies)
+    soundfile.write(tmp_path / "speech.wav", whole, 16000, subtype="FLOAT")
+    found = next(recognizer.with_options(language="en").transcripts([tmp_path / "speech.wav"], times=True))
+    model, processor = theirs
+    pipeline = transformers.pipeline(
+        "automatic-speech-recognition", model=model, tokenizer=processor.tokenizer,
+        feature_extractor=processor.feature_extractor, dtype=torch.float32,
+    )  # fmt: skip
+    out = pipeline(
+        {"raw": whole, "sampling_rate": 16000},
+        return_timestamps="word",
+        generate_kwargs={"language": "en", "task": "transcribe", "num_beams": 1},  # the pipeline takes 5 by itself
+    )
+    assert [word.text for word in found.words] == [chunk["text"].strip() for chunk in out["chunks"]]
+    times = [edge for word in found.words for edge in (word.start_s, word.end_s)]
+    assert times == pytest.approx([edge for chunk in out["chunks"] for edge in chunk["timestamp"]], abs=0.011)
+    assert len(found.words) >= 30 * copies
+
+
+def test_second_attempts_leave_clear_speech_alone(shared: Path, recognizer: Recognizer) -> None:
+    once, again = (
+        next(recognizer.with_options(language="en", fallback=fallback).transcripts([clips(shared)[0]]))
+        for fallback in (False, True)
+    )
+    assert again.text == once.text
+    assert again.score == pytest.approx(once.score, abs=1e-2)
+
+
 def test_the_verb_prints_nothing_on_standard_error(shared: Path, weights: Path) -> None:
     argv = ["transcribe", str(weights), str(clips(shared)[0]), "--language", "en", "--json", "--srt"]
     program = f"import sys; from thawline.cli.app import run; sys.exit(run({argv[:-1]!r}))"

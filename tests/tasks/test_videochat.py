@@ -19,7 +19,7 @@ from tests.tasks.videochat_corpus import RECIPE, SECTION, write_parts, write_rec
 
 import thawline as tl
 from thawline.core.extras import need
-from thawline.errors import BaseMismatch, CheckpointError, RecipeError
+from thawline.errors import BaseMismatch, CheckpointError, LawBroken, RecipeError
 from thawline.models.videochat.names import part_of
 from thawline.tasks.auditing import audit_run
 from thawline.tasks.planning import preview
@@ -107,6 +107,31 @@ def test_an_open_q_former_and_vision_transformer_move_whole_and_the_audit_holds(
     # Nothing reads what the last layer makes of the instruction's words.
     assert all(n.startswith("qformer.bert.encoder.layer.1.") and part_of(n) == "text_branch" for n in still)
     assert not audit_run(made.dir).broken
+
+
+def test_as_upstream_has_it_a_gradient_of_zero_is_stated_and_ends_no_run(home: Path, tmp_path: Path) -> None:
+    overrides = ["options.freeze_qformer=false", "options.compat=upstream", "run.epochs=1"]
+    shown = preview(home / "chat.yaml", overrides)
+    resting = shown.phases[0].resting
+    assert set(resting) <= set(shown.phases[0].trainable_names)
+    assert all(n.startswith("qformer.bert.encoder.layer.1.") and part_of(n) == "text_branch" for n in resting)
+    assert "of the tensors that train may stay as they are" in shown.text()
+    made = train(home / "chat.yaml", overrides, run=tmp_path / "run")
+    report = audit_run(made.dir)
+    assert not report.broken
+    assert set(report.rested) <= set(resting)
+    assert "qformer.bert.encoder.layer.1.output.dense.bias" in report.rested  # biases do not decay
+    assert "as the plan lets them (may_rest)" in report.table()
+    # Without that word the same run breaks the law, and is told which tensors were lost.
+    with pytest.raises(LawBroken, match="trainables did not move: qformer"):
+        train(home / "chat.yaml", [*overrides, *unspoken(overrides, home)], run=tmp_path / "unspoken")
+
+
+def unspoken(overrides: list[str], home: Path) -> list[str]:
+    """The switched plan written out, its `may_rest` left out."""
+    plan = open_recipe(home / "chat.yaml", overrides)[0].plan.to_dict()
+    del plan["may_rest"]
+    return [f"plan={json.dumps(plan)}", "options={compat: upstream}"]
 
 
 def test_switches_beside_a_plan_of_its_own_are_refused(home: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.train.runs import AtStep, checkpoint_sums, run, sums
 from tests.train.toy import RECIPE, ToyTask, write_recipe
 
 from thawline.errors import DataError, LawBroken, RecipeError, Stopped, ThawlineError
@@ -21,23 +20,9 @@ from thawline.freeze.lora import merged_copy
 from thawline.train.loop import Run, train
 from thawline.train.recipe import read_recipe
 from thawline.train.rundir import read_rows
-from thawline.train.state import RunState
 from thawline.train.task import PlainSums, SumTerm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def run(folder: Path, name: str, overrides: Any = (), **options: Any) -> Run:
-    return train(read_recipe(folder / "toy.yaml", overrides), ToyTask(), folder / name, **options)
-
-
-def sums(folder: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
-
-
-def checkpoint_sums(run_dir: Path) -> dict[str, str]:
-    newest = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
-    return {k: v for k, v in sums(newest).items() if k.endswith(".safetensors")}
 
 
 def test_a_run_leaves_what_the_design_names(tmp_path: Path) -> None:
@@ -84,28 +69,13 @@ def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(tmp_path: Path, stop_afte
     write_recipe(tmp_path)
     whole = run(tmp_path, "whole")
     with pytest.raises(Stopped):
-        run(tmp_path, "cut", monitor=StopAfter(stop_after))
+        run(tmp_path, "cut", monitor=AtStep(stop_after))
     going_on = run(tmp_path, "cut")
     assert sums(going_on.dir / "model") == sums(whole.dir / "model")
     assert checkpoint_sums(going_on.dir) == checkpoint_sums(whole.dir)
     assert (going_on.dir / "metrics.jsonl").read_bytes() == (whole.dir / "metrics.jsonl").read_bytes()
     resumed = [e for e in read_rows(going_on.dir / "events.jsonl") if e["event"] == "resumed"]
     assert [e["grade"] for e in resumed] == ["EXACT"]
-
-
-class StopAfter:
-    """Sends this process SIGTERM once a step is done, as a scheduler would."""
-
-    def __init__(self, step: int) -> None:
-        self.last = step
-
-    def begin(self, **_: Any) -> None: ...
-    def note(self, text: str) -> None: ...
-    def evaluation(self, row: Any) -> None: ...
-    def end(self) -> None: ...
-    def step(self, row: Any, speed: Any) -> None:
-        if row["step"] == self.last:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.long
@@ -149,7 +119,7 @@ def test_the_negative_control_an_unkeyed_generator_is_noticed(tmp_path: Path, mo
     monkeypatch.setattr("thawline.train.step.seed_all", lambda key: None)
     whole = run(tmp_path, "whole")
     with pytest.raises(Stopped):
-        run(tmp_path, "cut", monitor=StopAfter(6))
+        run(tmp_path, "cut", monitor=AtStep(6))
     torch.manual_seed(12345)
     going_on = run(tmp_path, "cut")
     assert sums(going_on.dir / "model") != sums(whole.dir / "model")
@@ -158,7 +128,7 @@ def test_the_negative_control_an_unkeyed_generator_is_noticed(tmp_path: Path, mo
 def test_a_changed_recipe_is_refused_key_by_key_and_allowed_by_name(tmp_path: Path) -> None:
     write_recipe(tmp_path)
     with pytest.raises(Stopped):
-        run(tmp_path, "run", monitor=StopAfter(4))
+        run(tmp_path, "run", monitor=AtStep(4))
     with pytest.raises(RecipeError) as caught:
         run(tmp_path, "run", ["optim.lr=0.5", "run.workers=1"])
     assert "optim.lr: 0.01 -> 0.5" in str(caught.value)
@@ -199,7 +169,7 @@ def test_a_loss_that_is_not_finite_skips_the_update_and_is_recorded(tmp_path: Pa
 def test_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     write_recipe(tmp_path)
     with pytest.raises(ThawlineError, match="3 steps in a row"):
-        run(tmp_path, "run", [f"options={{poison: {list(range(50))}}}", "run.nonfinite_limit=3"])
+        run(tmp_path, "run", [f"options={{poison: {list(range(50))}}}", "run.nonfinite.limit=3"])
 
 
 def test_a_second_trainer_in_the_same_folder_is_refused(tmp_path: Path) -> None:
@@ -207,7 +177,7 @@ def test_a_second_trainer_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     recipe = read_recipe(tmp_path / "toy.yaml")
     seen: list[str] = []
 
-    class Intruder(StopAfter):
+    class Intruder(AtStep):
         def begin(self, **_: Any) -> None:
             with pytest.raises(RecipeError, match="another process is training"):
                 train(recipe, ToyTask(), tmp_path / "run")
@@ -299,7 +269,7 @@ def test_adapters_train_resume_and_are_merged_into_the_export(tmp_path: Path) ->
 
     whole = go("whole")
     with pytest.raises(Stopped):
-        go("cut", monitor=StopAfter(9))
+        go("cut", monitor=AtStep(9))
     assert sums(go("cut").dir / "model") == sums(whole.dir / "model")
     base = load_file(tmp_path / "base" / "weights.safetensors")
     made = load_file(whole.dir / "model" / "weights.safetensors")
@@ -329,7 +299,7 @@ def test_going_back_gives_up_what_came_after(tmp_path: Path) -> None:
     write_recipe(tmp_path)
     run(tmp_path, "run", ["run.checkpoint.keep=100"])
     with pytest.raises(Stopped):
-        run(tmp_path, "run", ["run.checkpoint.keep=100"], from_step=6, monitor=StopAfter(7))
+        run(tmp_path, "run", ["run.checkpoint.keep=100"], from_step=6, monitor=AtStep(7))
     kept = sorted(int(p.name[5:]) for p in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert kept == [3, 6, 7]
 
@@ -354,17 +324,14 @@ class Cramped(ToyTask):
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("at", [0, 1])
-def test_what_does_not_fit_is_halved_and_gives_what_a_run_started_so_would(
-    tmp_path: Path, late: bool, at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_does_not_fit_is_halved_and_gives_what_a_run_started_so_would(tmp_path: Path, late: bool, at: int) -> None:
     write_recipe(tmp_path)
     overrides = ['plan={train: ["**"]}', "run.epochs=1", "run.checkpoint.best=null", "options={n: 48}"]
     recipe = read_recipe(tmp_path / "toy.yaml", overrides)
     cramped = train(recipe, Cramped(2, late=late, at=at), tmp_path / "cramped")
     splits = [e for e in read_rows(cramped.dir / "events.jsonl") if e["event"] == "out of memory"]
     assert [(e["step"], e["split"]) for e in splits] == [(0, 2)]
-    monkeypatch.setattr("thawline.train.session.RunState", lambda: RunState(split=2))
-    begun_so = train(recipe, ToyTask(), tmp_path / "begun")
+    begun_so = run(tmp_path, "begun", [*overrides, "run.micro_batch=2"])
     assert sums(cramped.dir / "model") == sums(begun_so.dir / "model")
 
 

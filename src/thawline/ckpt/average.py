@@ -1,4 +1,4 @@
-"""The mean of several checkpoints' tensors, one tensor at a time.
+"""The mean of several checkpoints, as one more source: computed a piece at a time while it is read.
 
 WeNet's `wenet/bin/average_model.py` adds the tensors in their own type and divides: float16 sums lose bits, and integer
 buffers become floats (`num_batches_tracked` is 1234.5 in its file, and truncated when a model loads it). Here floats
@@ -8,57 +8,114 @@ model that loads WeNet's file ends up with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
 
-import torch
-from torch import Tensor
-
+from thawline.ckpt.formats.casting import FLOATING, cast
+from thawline.ckpt.formats.pieces import Computed, Planned, chunks
+from thawline.ckpt.source import Source
 from thawline.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
-def average(sources: Sequence[tuple[str, Mapping[str, Tensor]]]) -> Iterator[tuple[str, Tensor]]:
-    """Mean over the sources of each tensor, in the first one's order.
+ORIGIN: Final = "mean"
+_PIECE: Final = 1 << 18  # bytes of one tensor at a time; in float64 it is up to four times as many
+_INTEGERS: Final = {
+    "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "u1",
+}  # fmt: skip
 
-    sources: (name for messages, its tensors by name); mappings that read lazily from files keep memory at one tensor
-    Raises CheckpointError, before anything is yielded, if there is no source or their names differ; and at a tensor
-    whose shape or element type differs, or that has no mean (booleans that differ).
+
+def average(sources: Sequence[Source]) -> Source:
+    """Mean over the sources of each tensor, with the first one's order, ties, configuration and sidecars.
+
+    Raises CheckpointError, before anything is read, if there is no source, if names, shapes or element types differ, or
+    if an element type has no mean; and while reading at booleans that differ.
     """
     if not sources:
         raise CheckpointError("there is nothing to average", fix="give at least one checkpoint")
-    first_label, first = sources[0]
-    for label, tensors in sources[1:]:
-        odd = sorted(set(first) ^ set(tensors))
-        if odd:
-            raise CheckpointError(
-                f"holds other tensors than {first_label}: {', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''}",
-                where=label,
-                fix="average checkpoints of one run and one phase of its plan",
-            )
-    return ((name, _mean(name, sources)) for name in first)
+    first = sources[0]
+    for other in sources[1:]:
+        _refuse_strangers(first, other)
+    names = ", ".join(source.path.name for source in sources)
+    plan = replace(
+        first.plan,
+        format=f"mean of {len(sources)} x {first.format}",
+        tensors={name: _mean(name, sources) for name in first.names},
+        files=tuple(file for source in sources for file in source.plan.files),
+        notes=(*first.notes, f"the mean of {names}"),
+    )
+    return Source(first.path, plan)
 
 
-def _mean(name: str, sources: Sequence[tuple[str, Mapping[str, Tensor]]]) -> Tensor:
-    first_label, tensors = sources[0]
-    first = tensors[name].detach()
-    wide = torch.complex128 if first.is_complex() else torch.float64 if first.is_floating_point() else torch.int64
-    total = first.to(wide, copy=True)
-    for label, others in sources[1:]:
-        other = others[name].detach()
-        if (other.shape, other.dtype) != (first.shape, first.dtype):
+def _refuse_strangers(first: Source, other: Source) -> None:
+    odd = sorted(set(first.names) ^ set(other.names))
+    if odd:
+        raise CheckpointError(
+            f"holds other tensors than {first.path}: {', '.join(odd[:5])}{', ...' if len(odd) > 5 else ''}",
+            where=str(other.path),
+            fix="average checkpoints of one run and one phase of its plan",
+        )
+    for name in first.names:
+        mine, theirs = first.info(name), other.info(name)
+        if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
             raise CheckpointError(
-                f"{name} is {tuple(other.shape)} {other.dtype} here and {tuple(first.shape)} {first.dtype} in "
-                f"{first_label}",
-                where=label,
+                f"{name} is {theirs.dtype} {theirs.shape} here and {mine.dtype} {mine.shape} in {first.path}",
+                where=str(other.path),
                 fix="average checkpoints of one run",
             )
-        if first.dtype == torch.bool and not torch.equal(first, other):
-            raise CheckpointError(
-                f"{name} is true or false and differs from {first_label}: there is no mean",
-                where=label,
-                fix="leave it out, or take the last checkpoint as it is",
-            )
-        total += other
-    if first.dtype == torch.bool:
-        return first
-    mode = None if total.is_complex() or total.is_floating_point() else "trunc"
-    return torch.div(total, len(sources), rounding_mode=mode).to(first.dtype)
+
+
+def _mean(name: str, sources: Sequence[Source]) -> Planned:
+    tensors = tuple(source.plan.tensors[name] for source in sources)
+    info = tensors[0].info
+    if info.dtype not in (*FLOATING, *_INTEGERS, "BOOL"):
+        raise CheckpointError(f"{name} is {info.dtype}, which has no mean here", where=str(sources[0].path))
+    labels = [str(source.path) for source in sources]
+
+    def make(chunk_bytes: int) -> Iterator[memoryview]:
+        size = max(min(chunk_bytes, _PIECE) // 8 * 8, 8)
+        streams = [_pieces(tensor, size) for tensor in tensors]
+        for pieces in zip(*streams, strict=True):
+            yield _mean_of(pieces, name, info.dtype, labels)
+
+    return Planned(info=replace(info, origin=ORIGIN), parts=(Computed(tensors, make),))
+
+
+def _mean_of(pieces: Sequence[bytes], name: str, dtype: str, labels: Sequence[str]) -> memoryview:
+    import numpy as np
+
+    if dtype == "BOOL":
+        for piece, label in zip(pieces, labels, strict=True):
+            if piece != pieces[0]:
+                raise CheckpointError(
+                    f"{name} is true or false and differs from {labels[0]}: there is no mean",
+                    where=label,
+                    fix="leave it out, or take the last checkpoint as it is",
+                )
+        return memoryview(pieces[0])
+    if dtype in FLOATING:
+        total: NDArray[Any] = np.frombuffer(cast(pieces[0], dtype, "F64"), dtype="<f8").copy()
+        for piece in pieces[1:]:
+            total += np.frombuffer(cast(piece, dtype, "F64"), dtype="<f8")
+        return cast((total / len(pieces)).data.cast("B"), "F64", dtype)
+    kind = _INTEGERS[dtype]
+    total = np.frombuffer(pieces[0], dtype=kind).astype("<u8" if dtype == "U64" else "<i8")
+    for piece in pieces[1:]:
+        total += np.frombuffer(piece, dtype=kind)
+    count = total.dtype.type(len(pieces))
+    mean: NDArray[Any] = (np.sign(total) * (np.abs(total) // count)).astype(kind)
+    return mean.data.cast("B")
+
+
+def _pieces(tensor: Planned, size: int) -> Iterator[bytes]:
+    """The tensor's bytes in pieces of `size`, however its parts lie, so that several tensors go in step."""
+    held = bytearray()
+    for chunk in chunks(tensor, size):
+        held += chunk
+        while len(held) >= size:
+            yield bytes(held[:size])
+            del held[:size]
+    if held:
+        yield bytes(held)

@@ -13,20 +13,23 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
-from thawline.ckpt import targets
+from thawline.ckpt import targets, whisper_files
+from thawline.ckpt.engine import Engine, Job, Work, same_values
 from thawline.ckpt.formats import whisper_names
 from thawline.ckpt.formats.casting import FLOATING
 from thawline.ckpt.formats.pieces import Planned, chunks
+from thawline.ckpt.remote import is_url, local_path
 from thawline.ckpt.source import Source, open_source
-from thawline.ckpt.targets import Engine, Job, Work, same_values
+from thawline.ckpt.transfer import fetched, sent
 from thawline.core.digest import fingerprint
 from thawline.errors import CheckpointError
 
-TARGETS: Final = ("safetensors", "torch", "wenet", "whisper", "hf", "delta")
+TARGETS: Final = ("safetensors", "torch", "wenet", "whisper", "hf", "videochat2", "delta")
 
 DTYPES: Final[Mapping[str, str]] = {
     "fp64": "F64", "float64": "F64", "double": "F64", "f64": "F64", "fp32": "F32", "float32": "F32", "float": "F32",
@@ -123,22 +126,23 @@ def convert(
     to: str,
     dtype: str | None = None,
     base: Path | str | None = None,
-    only: str = "weights",
+    only: str | None = None,
     rename: Rename | None = None,
     force: bool = False,
     max_memory: int | None = None,
     tag: str | None = None,
     max_shard_bytes: int = _SHARD_BYTES,
 ) -> ConversionReport:
-    """Write the weights of any checkpoint as one verified file, or folder for "hf".
+    """Write the weights of any checkpoint as one verified file, or folder for "hf". Places may be URLs (s3://...).
 
-    to:     "safetensors"; "torch" and "wenet": a `.pt` that holds a flat state dict; "whisper": OpenAI's `.pt`; "hf": a
-            folder of safetensors and configuration; "delta": what differs from `base`. Whisper weights are respelt for
+    to:     "safetensors"; "torch" and "wenet": a `.pt` that holds a flat state dict; "whisper": OpenAI's `.pt`;
+            "videochat2": Ask-Anything's `.pth`, which is a state dict under the key "model"; "hf": a folder of
+            safetensors and configuration; "delta": what differs from `base`. Whisper weights are respelt for
             "wenet", "whisper" and "hf". For "wenet" a DST without a suffix becomes a model directory.
     dtype:  element type of all floating tensors ("fp32", "bf16", ...); None: as in the source, except that a training
             checkpoint's half-precision tensors become fp32, which is exact
     base:   what the source leaves out is taken from here; for "delta" what to subtract
-    only:   "weights", or "ema"
+    only:   "weights" as trained, or "ema"; None: what the checkpoint is for (of a finished run its result)
     rename: name -> new name, where a name ending in "." is a prefix; or (regular expression, replacement) pairs
     force:  replace an existing DST
     max_memory: bytes for buffers, by default 48 MB, whatever the size of the checkpoint
@@ -147,50 +151,79 @@ def convert(
     Raises CheckpointError (what, where, fix) without leaving anything under DST; the source is never changed.
     """
     started = time.perf_counter()
-    src, dst = Path(src), Path(dst)
-    if to not in TARGETS:
-        raise CheckpointError(f"{to!r} is no target", fix=f"choose one of: {', '.join(TARGETS)}")
-    wanted = None if dtype is None else _dtype(dtype)
+    _refuse_target(to)
     _refuse_places(src, dst, base, force)
-    with open_source(src, tag=tag, only=only, base=None if to == "delta" else base) as source:
-        _refuse_bare_delta(source, to)
-        work = _prepare(source, to, wanted, rename)
-        engine = Engine(work, max_memory or _DEFAULT_MEMORY)
-        if to == "safetensors":
-            files = targets.to_safetensors(engine, dst, force)
-        elif to == "hf":
-            files = targets.to_huggingface(engine, dst, force, max_shard_bytes)
-        elif to == "delta":
-            if base is None:
-                raise CheckpointError("a delta needs what it is a difference from", where=str(src), fix="give --base")
-            files = targets.to_delta(engine, dst, force, Path(base))
-        else:
-            files = targets.to_torch(engine, dst, force, to)
-        infos = [job.info for job in work.jobs.values() if job.info.name in engine.digests]
-        return ConversionReport(
-            source=str(src),
-            source_format=source.format,
-            target=str(dst),
-            to=to,
-            files=tuple(str(file) for file in files),
-            tensors=len(infos),
-            bytes=sum(info.nbytes for info in infos),
-            seconds=time.perf_counter() - started,
-            verified=engine.verified,
-            dtypes=dict(Counter(info.dtype for info in infos)),
-            dtype_changes={
-                job.info.name: f"{job.tensor.info.dtype} -> {job.info.dtype}"
-                for job in work.jobs.values()
-                if job.tensor.info.dtype != job.info.dtype
-            },
-            origins={info.name: info.origin for info in infos},
-            tied={info.name: info.tied_to for info in infos if info.tied_to is not None},
-            dropped=work.dropped,
-            not_held=source.not_held,
-            notes=(*source.notes, *work.notes),
-            digests=dict(engine.digests),
-            fingerprint=fingerprint(engine.digests),
-        )
+    with ExitStack() as places:
+        here = places.enter_context(fetched(src, tag=tag, result=only is None and base is None))
+        under = None if base is None else places.enter_context(fetched(base))
+        there = places.enter_context(sent(dst, force=force))
+        with open_source(here, tag=tag, only=only, base=None if to == "delta" else under) as source:
+            report = write(
+                source, there, to=to, dtype=dtype, base=under, base_label=str(base or ""), rename=rename, force=force,
+                max_memory=max_memory, max_shard_bytes=max_shard_bytes,
+            )  # fmt: skip
+    files = tuple(file.replace(str(there), str(dst), 1) for file in report.files)
+    seconds = time.perf_counter() - started
+    return replace(report, source=str(src), target=str(dst), files=files, seconds=seconds)
+
+
+def write(
+    source: Source,
+    dst: Path,
+    *,
+    to: str,
+    dtype: str | None = None,
+    base: Path | None = None,
+    base_label: str = "",
+    rename: Rename | None = None,
+    force: bool = False,
+    max_memory: int | None = None,
+    max_shard_bytes: int = _SHARD_BYTES,
+) -> ConversionReport:
+    """Write the tensors of an opened source; arguments as for `convert`.
+
+    base: for "delta": what to subtract; base_label: how the delta is to call it
+    """
+    started = time.perf_counter()
+    _refuse_target(to)
+    _refuse_bare_delta(source, to)
+    work = _prepare(source, to, None if dtype is None else _dtype(dtype), rename)
+    engine = Engine(work, max_memory or _DEFAULT_MEMORY)
+    if to == "safetensors":
+        files = targets.to_safetensors(engine, dst, force)
+    elif to == "hf":
+        files = targets.to_huggingface(engine, dst, force, max_shard_bytes)
+    elif to == "delta":
+        if base is None:
+            raise CheckpointError("a delta needs what it is a difference from", fix="give --base")
+        files = targets.to_delta(engine, dst, force, base, base_label or str(base))
+    else:
+        files = targets.to_torch(engine, dst, force, to)
+    infos = [job.info for job in work.jobs.values() if job.info.name in engine.digests]
+    return ConversionReport(
+        source=str(source.path),
+        source_format=source.format,
+        target=str(dst),
+        to=to,
+        files=tuple(str(file) for file in files),
+        tensors=len(infos),
+        bytes=sum(info.nbytes for info in infos),
+        seconds=time.perf_counter() - started,
+        verified=engine.verified,
+        dtypes=dict(Counter(info.dtype for info in infos)),
+        dtype_changes={
+            job.info.name: f"{job.tensor.info.dtype} -> {job.info.dtype}"
+            for job in work.jobs.values()
+            if job.tensor.info.dtype != job.info.dtype
+        },
+        origins={info.name: info.origin for info in infos},
+        tied={info.name: info.tied_to for info in infos if info.tied_to is not None},
+        dropped=work.dropped,
+        not_held=source.not_held,
+        notes=(*source.notes, *work.notes),
+        digests=dict(engine.digests),
+        fingerprint=fingerprint(engine.digests),
+    )
 
 
 def read_rename_table(path: Path) -> Rename:
@@ -238,8 +271,6 @@ def _prepare(source: Source, to: str, dtype: str | None, rename: Rename | None) 
         dropped = _droppable(tensors, spelling, target, source)
         tensors = whisper_names.respell(tensors, spelling, target)
         notes.append(f"Whisper names respelt from {spelling} to {target}")
-    if to == "wenet" and "train.yaml" not in source.sidecars:
-        notes.append("no train.yaml lies beside the source; WeNet needs one to load the weights")
     jobs = {}
     for name, tensor in tensors.items():
         have = tensor.info.dtype
@@ -253,7 +284,12 @@ def _prepare(source: Source, to: str, dtype: str | None, rename: Rename | None) 
     for name, job in jobs.items():
         if job.info.tied_to is not None and job.info.tied_to not in jobs:
             jobs[name] = Job(job.tensor, replace(job.info, tied_to=None))
-    return Work(source, jobs, dropped, tuple(notes))
+    companions: Mapping[str, bytes] = {}
+    if to == "wenet" and "train.yaml" not in source.sidecars:
+        companions = whisper_files.wenet_files(source, jobs)
+        if not companions:
+            notes.append("no train.yaml lies beside the source; WeNet needs one to load the weights")
+    return Work(source, jobs, dropped, tuple(notes), companions)
 
 
 def _renamed(tensors: dict[str, Planned], rename: Rename | None, source: Source) -> dict[str, Planned]:
@@ -346,22 +382,32 @@ def _dtype(name: str) -> str:
     return found
 
 
-def _refuse_places(src: Path, dst: Path, base: Path | str | None, force: bool) -> None:
-    target = Path(os.path.realpath(dst))
-    for path in [src, *([Path(base)] if base is not None else [])]:
-        own = Path(os.path.realpath(path))
+def _refuse_target(to: str) -> None:
+    if to not in TARGETS:
+        raise CheckpointError(f"{to!r} is no target", fix=f"choose one of: {', '.join(TARGETS)}")
+
+
+def _refuse_places(src: Path | str, dst: Path | str, base: Path | str | None, force: bool) -> None:
+    for path in [src, *([base] if base is not None else [])]:
+        if is_url(path) != is_url(dst):
+            continue
+        own, target = _absolute(path), _absolute(dst)
         if target == own:
             raise CheckpointError("would replace what it is made from", where=str(dst), fix="choose another DST")
-        if own.is_dir() and target.is_relative_to(own):
+        if target.is_relative_to(own) and (is_url(dst) or Path(own).is_dir()):
             raise CheckpointError(
                 f"lies inside {path}, which is only read", where=str(dst), fix="choose a DST beside or elsewhere"
             )
         if own.is_relative_to(target):
             raise CheckpointError(f"contains {path}, which must stay", where=str(dst), fix="choose another DST")
-    if os.path.lexists(dst) and not force:
+    if not is_url(dst) and os.path.lexists(local_path(dst)) and not force:
         raise CheckpointError(
             "exists already", where=str(dst), fix="choose another name, or say that it may be replaced (--force)"
         )
+
+
+def _absolute(place: Path | str) -> PurePosixPath:
+    return PurePosixPath(str(place)) if is_url(place) else PurePosixPath(os.path.realpath(local_path(place)))
 
 
 def _refuse_bare_delta(source: Source, to: str) -> None:

@@ -307,17 +307,7 @@ def stack(deltas: Sequence[tuple[str, Delta]]) -> Delta:
 
 def metadata_of(delta: Delta) -> tuple[dict[str, str], dict[str, Tensor]]:
     """The metadata of a delta file, and the tensors to store in it: of tied names the first."""
-    stored: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    places: dict[object, str] = {}
-    for name in sorted(delta.tensors):
-        tensor = delta.tensors[name]
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-        if tensor.numel() and place in places:
-            aliases[name] = places[place]
-        else:
-            places[place] = name
-            stored[name] = tensor
+    stored, aliases = tensorfile.untied(delta.tensors)
     metadata = {
         "format": "pt",  # other readers of safetensors look for this
         "thawline": KIND,

@@ -23,7 +23,7 @@ from thawline.ckpt import manifest, store, tensorfile
 from thawline.ckpt.delta import NAME as DELTA
 from thawline.ckpt.delta import BaseRef, Delta, read_delta
 from thawline.ckpt.manifest import FileEntry
-from thawline.ckpt.save import OPTIMIZER, STATE
+from thawline.ckpt.save import EMA, OPTIMIZER, PARKED, STATE
 from thawline.errors import CheckpointError
 
 T = TypeVar("T")
@@ -42,6 +42,7 @@ class Checkpoint:
     difference: the delta with its base, its digests and what it adds and removes
     optimizer:  tensors by "<parameter name>/<state key>"
     state:      counters and metrics
+    ema:        averages of weights by the weights' names (every name of tied ones); empty for a run without
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Checkpoint:
     difference: Delta
     optimizer: Mapping[str, Tensor]
     state: Mapping[str, Any]
+    ema: Mapping[str, Tensor]
 
     @property
     def delta(self) -> Mapping[str, Tensor]:
@@ -116,8 +118,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
             where=str(path),
             fix=_USE_ANOTHER,
         )
-    _, optimizer = tensorfile.read(path / OPTIMIZER, listed.files[OPTIMIZER])
-    return Checkpoint(path=path, step=listed.step, difference=difference, optimizer=optimizer, state=state)
+    optimizer: dict[str, Tensor] = {}
+    for name in (OPTIMIZER, PARKED):
+        if name in listed.files:
+            optimizer |= tensorfile.read(path / name, listed.files[name])[1]
+    ema = _read_ema(path / EMA, listed.files[EMA]) if EMA in listed.files else {}
+    return Checkpoint(path=path, step=listed.step, difference=difference, optimizer=optimizer, state=state, ema=ema)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,6 +270,12 @@ def _read_state(path: Path, entry: FileEntry) -> Mapping[str, Any]:
         raise CheckpointError("damaged: its digest differs", where=str(path), fix=_USE_ANOTHER)
     found: Mapping[str, Any] = json.loads(data)
     return found
+
+
+def _read_ema(path: Path, entry: FileEntry) -> dict[str, Tensor]:
+    metadata, stored = tensorfile.read(path, entry)
+    aliases: dict[str, str] = json.loads(metadata["aliases"])
+    return stored | {name: stored[kept] for name, kept in aliases.items()}
 
 
 def _place(tensor: Tensor) -> object:

@@ -80,7 +80,7 @@ class Manifest:
                 step=_whole(body["step"]),
                 base=str(body["base"]),
                 files={
-                    _plain_name(name): FileEntry(size=_whole(entry["size"]), digest=str(entry["digest"]))
+                    _inner_name(name): FileEntry(size=_whole(entry["size"]), digest=str(entry["digest"]))
                     for name, entry in body["files"].items()
                 },
                 thawline=str(body["thawline"]),
@@ -126,6 +126,11 @@ def verify(folder: Path, *, digests: bool = True) -> tuple[str, ...]:
     return tuple(_problems(folder, manifest, digests))
 
 
+def check(path: Path, entry: FileEntry) -> str:
+    """What is wrong with a file, every byte read; empty if nothing."""
+    return check_size(path, entry) or _check_digest(path, entry)
+
+
 def check_size(path: Path, entry: FileEntry) -> str:
     """What presence and size say is wrong with a file; empty if nothing."""
     try:
@@ -140,9 +145,7 @@ def check_size(path: Path, entry: FileEntry) -> str:
 
 def _problems(folder: Path, manifest: Manifest, digests: bool) -> Iterator[str]:
     for name, entry in manifest.files.items():
-        problem = check_size(folder / name, entry)
-        if not problem and digests:
-            problem = _check_digest(folder / name, entry)
+        problem = check(folder / name, entry) if digests else check_size(folder / name, entry)
         if problem:
             yield problem
 
@@ -188,7 +191,9 @@ def _whole(value: object) -> int:
     return value
 
 
-def _plain_name(name: str) -> str:
-    if name in ("", ".", "..", NAME) or "/" in name or "\\" in name or "\0" in name:
+def _inner_name(name: str) -> str:
+    """A file's name relative to the folder, which it must not leave."""
+    parts = name.split("/")
+    if name == NAME or "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"{name!r} is not a file name")
     return name

@@ -50,18 +50,24 @@ def kept(steps: Collection[int], rule: Keep, *, scores: Mapping[int, float] | No
 
 
 def prune(
-    root: Path, rule: Keep, *, scores: Mapping[int, float] | None = None, trusted: Path | None = None
+    root: Path,
+    rule: Keep,
+    *,
+    scores: Mapping[int, float] | None = None,
+    trusted: Path | None = None,
+    also: Collection[int] = (),
 ) -> tuple[Path, ...]:
     """Remove the checkpoints in `root` that the rule does not keep; returns them.
 
     scores:  step -> the metric that "best" goes by
     trusted: a checkpoint known to be whole (just written), so that it is not read again
+    also:    steps that stay whatever the rule says
 
     Only those whose files are all there with their sizes are counted; damaged ones stay, for people to look at. Nothing
     is removed unless a whole one, every digest checked or trusted, remains. Raises StorageError if removing is refused.
     """
     found = {step: path for step, path in checkpoints(root) if not manifest.verify(path, digests=False)}
-    wanted = kept(found, rule, scores=scores)
+    wanted = kept(found, rule, scores=scores) | frozenset(also)
     doomed = [path for step, path in sorted(found.items()) if step not in wanted]
     if not doomed:
         return ()

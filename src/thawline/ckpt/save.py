@@ -1,4 +1,7 @@
-"""Writing checkpoints: `step-00001200/` with what changed, the optimizer's state, the counters and a manifest.
+"""Writing checkpoints: `step-00001200/` with what changed, the optimizer's state, the counters and a manifest; and with
+`ema.safetensors` where the run keeps averages of its weights: tensors under the names of the model's state dict, other
+names of tied ones in the metadata entry `aliases`. Moments that a plan has parked (of what it froze again) lie in a
+file of their own, which is one file under many names as long as it stays the same.
 
 `save_checkpoint` writes one and returns when it is on the device. `Saver` does the same behind the training thread,
 which stops only while the tensors are copied into a staging buffer that is kept from save to save. Files are a function
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
@@ -22,10 +25,13 @@ from torch import Tensor
 from thawline.ckpt import manifest, store, tensorfile
 from thawline.ckpt.delta import NAME as DELTA
 from thawline.ckpt.delta import BaseRef, Delta, delta_of, metadata_of
+from thawline.ckpt.filesystem import Buffer
 from thawline.ckpt.manifest import FileEntry, Manifest
 from thawline.errors import CheckpointError
 
 OPTIMIZER: Final = "optimizer.safetensors"
+PARKED: Final = "optimizer-parked.safetensors"
+EMA: Final = "ema.safetensors"
 STATE: Final = "state.json"
 
 _ALIGNMENT = 64  # bytes; torch's own, so that the copy runs at full width
@@ -44,6 +50,8 @@ def save_checkpoint(
     optimizer: Mapping[str, Tensor],
     state: Mapping[str, object],
     base: BaseRef,
+    ema: Mapping[str, Tensor] = {},
+    parked: Collection[str] = (),
 ) -> Path:
     """Write `root/step-NNNNNNNN/` whole or not at all and return its path; an older one of the same step is replaced.
 
@@ -51,11 +59,15 @@ def save_checkpoint(
     optimizer: the optimizer's tensors by "<parameter name>/<state key>"
     state:     counters and metrics, of JSON's own types
     base:      what the delta belongs to
+    ema:       averages of weights by the weights' names; empty for a run without
+    parked:    names in `optimizer` that do not move any more
 
     Raises StorageError (path, bytes needed and free, the cause kept) if the storage refuses; what was there before is
     then untouched. Raises CheckpointError for a state or tensor that cannot be written.
     """
-    return _write(root, step=step, delta=delta, optimizer=optimizer, state=_state_bytes(state), base=base)
+    return _write(
+        root, step=step, delta=delta, optimizer=optimizer, state=_state_bytes(state), base=base, ema=ema, parked=parked
+    )
 
 
 class Handle:
@@ -124,6 +136,8 @@ class Saver:
         optimizer: Mapping[str, Tensor],
         state: Mapping[str, object],
         merged: bool | None = None,
+        ema: Mapping[str, Tensor] = {},
+        parked: Collection[str] = (),
     ) -> Handle:
         """Copy the tensors and return; files are written meanwhile. Waits for the save before this one, if need be.
 
@@ -134,10 +148,11 @@ class Saver:
         ready = time.perf_counter()
         text = _state_bytes(state)
         tensors = delta.tensors if isinstance(delta, Delta) else delta
-        staged = self._staging.copy({"d": tensors, "o": optimizer})
+        staged = self._staging.copy({"d": tensors, "o": optimizer, "e": ema})
         change = replace(delta, tensors=staged["d"]) if isinstance(delta, Delta) else staged["d"]
         copied = time.perf_counter()
-        future = self._writer.submit(self._run, step, change, staged["o"], text, merged)
+        resting = frozenset(parked)
+        future = self._writer.submit(self._run, step, change, staged["o"], staged["e"], resting, text, merged)
         handle = Handle(step, self._root / step_name(step), future, waited_s=ready - began, copied_s=copied - ready)
         self._last = handle
         return handle
@@ -165,12 +180,17 @@ class Saver:
         step: int,
         delta: Mapping[str, Tensor] | Delta,
         optimizer: Mapping[str, Tensor],
+        ema: Mapping[str, Tensor],
+        parked: Collection[str],
         state: bytes,
         merged: bool | None,
     ) -> Path:
         try:
             change = delta if isinstance(delta, Delta) else delta_of(self._base, delta, complete=False, merged=merged)
-            path = _write(self._root, step=step, delta=change, optimizer=optimizer, state=state, base=self._base)
+            path = _write(
+                self._root, step=step, delta=change, optimizer=optimizer, state=state, base=self._base, ema=ema,
+                parked=parked,
+            )  # fmt: skip
         except CheckpointError as exc:
             self._tell(f"checkpoint of step {step} was not written: {exc}")
             raise
@@ -234,6 +254,8 @@ def _write(
     optimizer: Mapping[str, Tensor],
     state: bytes,
     base: BaseRef,
+    ema: Mapping[str, Tensor],
+    parked: Collection[str],
 ) -> Path:
     change = delta if isinstance(delta, Delta) else delta_of(base, delta, complete=False)
     if change.base.fingerprint != base.fingerprint:
@@ -244,21 +266,44 @@ def _write(
         )
     metadata, tensors = metadata_of(change)
     plain = {"format": "pt", "thawline": "optimizer/1"}
+    resting = {name: tensor for name, tensor in optimizer.items() if name in parked}
+    moving = {name: tensor for name, tensor in optimizer.items() if name not in resting}
+    parts = {DELTA: (tensors, metadata), OPTIMIZER: (moving, plain)}
+    if resting:
+        parts[PARKED] = (resting, plain)
+    if ema:
+        averages, aliases = tensorfile.untied(ema)
+        parts[EMA] = (averages, {"format": "pt", "thawline": "ema/1", "aliases": json.dumps(aliases)})
     target = root / step_name(step)
-    need = tensorfile.size_of(tensors, metadata) + tensorfile.size_of(optimizer, plain) + len(state)
+    need = sum(tensorfile.size_of(*part) for part in parts.values()) + len(state)
     store.clean_leftovers(root)
     with store.atomic_dir(target, force=True, need_bytes=need) as folder:
         files: dict[str, FileEntry] = {}
-        for name, content in (
-            (DELTA, tensorfile.pieces(tensors, metadata)),
-            (OPTIMIZER, tensorfile.pieces(optimizer, plain)),
-            (STATE, iter((state,))),
-        ):
-            size, digest = store.write_file(folder / name, content)
-            files[name] = FileEntry(size=size, digest=digest)
+        contents = {name: tensorfile.pieces(*part) for name, part in parts.items()}
+        for name, content in (*contents.items(), (STATE, iter((state,)))):
+            if name == PARKED:
+                files[name] = _write_or_link(folder / name, tuple(content), root)
+            else:
+                size, digest = store.write_file(folder / name, content)
+                files[name] = FileEntry(size=size, digest=digest)
         listed = Manifest(step=step, base=base.fingerprint, files=files, thawline=version("thawline"))
         store.write_file(folder / manifest.NAME, [listed.to_json()])
     return target
+
+
+def _write_or_link(path: Path, pieces: Sequence[Buffer], root: Path) -> FileEntry:
+    """Write a file, or give the newest checkpoint's file of that name a second one if it holds the same bytes.
+
+    That one is read for it: a damaged file must not find its way into another checkpoint.
+    """
+    hasher = store.file_hasher()
+    for piece in pieces:
+        hasher.update(piece)
+    entry = FileEntry(size=sum(memoryview(piece).nbytes for piece in pieces), digest=str(hasher.hexdigest()))
+    newest = max(root.glob(f"step-*/{path.name}"), default=None)
+    if newest is None or manifest.check(newest, entry) or not store.link(newest, path):
+        store.write_file(path, pieces)
+    return entry
 
 
 def _state_bytes(state: Mapping[str, object]) -> bytes:

@@ -15,14 +15,17 @@ from typing import Final
 
 from blake3 import blake3
 
+from thawline.ckpt import adapters
 from thawline.ckpt.formats import dcp, huggingface, safetensors_file, thawline_run, torch_pt, wenet, whisper_names, zero
-from thawline.ckpt.formats.pieces import CHUNK_BYTES, Plan, Planned, TensorInfo, chunks, read, regions
+from thawline.ckpt.formats.mapped import CHUNK_BYTES
+from thawline.ckpt.formats.pieces import Plan, Planned, TensorInfo, chunks, read, regions
 from thawline.core.digest import fingerprint
 from thawline.errors import BaseMismatch, CheckpointError
 
 __all__ = ["Source", "TensorInfo", "digest", "open_source"]
 
 BASE: Final = "base"
+EMA: Final = "average (EMA)"
 _SHOWN: Final = 5
 
 
@@ -87,6 +90,11 @@ class Source:
         """Fingerprint over all tensors: which model this is."""
         return fingerprint({name: self.digest(name) for name in self.names})
 
+    def only(self, names: Iterable[str]) -> Source:
+        """The same source with these tensors alone, without sidecars and configuration. The files stay this one's."""
+        tensors = {name: self._planned(name) for name in names}
+        return Source(self.path, Plan(format=self.format, tensors=tensors, files=self.plan.files))
+
     def close(self) -> None:
         """Let go of the files; bytes already handed out stay valid."""
         for file in self.plan.files:
@@ -116,21 +124,22 @@ def open_source(
     path: Path | str,
     *,
     tag: str | None = None,
-    only: str = "weights",
+    only: str | None = None,
     base: Path | str | None = None,
     key: str | None = None,
 ) -> Source:
     """Open any checkpoint file or folder.
 
     tag:  which checkpoint of a folder that has several (DeepSpeed tag, WeNet `epoch_3`, `step-00001200`)
-    only: "weights", or "ema" for the averaged copy that some files hold beside them
+    only: "weights" as they were trained, or "ema" for the averaged copy kept beside them; None: what the checkpoint is
+          for, which for a finished run is its result (averaged, where the run has `run.ema`)
     base: what gives the tensors that the checkpoint itself leaves out; for our deltas it is checked by digest
     key:  first key of the weights in a distributed checkpoint, if it is none of the usual ones
 
     Raises CheckpointError naming the file and the cause, BaseMismatch if the base is another one.
     """
     path = Path(path)
-    if only not in ("weights", "ema"):
+    if only not in (None, "weights", "ema"):
         raise CheckpointError(f"{only!r} cannot be asked for", where=str(path), fix="ask for 'weights' or 'ema'")
     if not path.exists():
         near = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
@@ -157,22 +166,23 @@ def digest(dtype: str, shape: tuple[int, ...], data: Iterator[memoryview]) -> st
     return str(hasher.hexdigest())
 
 
-def _open(path: Path, tag: str | None, only: str, base: Path | None, key: str | None) -> Source:
+def _open(path: Path, tag: str | None, only: str | None, base: Path | None, key: str | None) -> Source:
     notes: tuple[str, ...] = ()
     if thawline_run.is_run(path):
         model = path / "model"
-        if tag is None and base is None and model.is_dir():
-            return _with_notes(_open(model, None, only, None, None), (f"a run: its result {model} is meant",))
+        if tag is None and base is None and only is None and model.is_dir():
+            return _with_notes(_open(model, None, None, None, None), (f"a run: its result {model} is meant",))
         if tag is not None:
             path = path / "checkpoints" / Path(tag).name
         else:
             path, notes = thawline_run.newest_checkpoint(path)
     if thawline_run.is_checkpoint(path):
         delta = thawline_run.read_delta(thawline_run.checked(path))
-        return _with_notes(_delta(path, delta, base, required=True), notes)
+        source = _with_notes(_delta(path, delta, base, required=True), notes)
+        return _averaged(source) if only == "ema" else source
     if thawline_run.is_delta(path):
         return _delta(path, thawline_run.read_delta(path), base, required=False)
-    plan = _plan(path, tag, only, key)
+    plan = _plan(path, tag, only or "weights", key)
     if only == "ema" and not plan.format.startswith("averaged"):
         raise CheckpointError(
             f"is {plan.format}, which keeps no averaged weights that are known",
@@ -181,8 +191,10 @@ def _open(path: Path, tag: str | None, only: str, base: Path | None, key: str | 
         )
     if base is None:
         return Source(path, plan)
-    with_base = _over(path, plan, _open(base, None, "weights", None, None))
-    return Source(path, with_base)
+    under = _open(base, None, None, None, None)
+    if plan.format.startswith("peft"):
+        return Source(path, adapters.merge(plan, under.plan, path=path, base_path=base))
+    return Source(path, _over(path, plan, under))
 
 
 def _plan(path: Path, tag: str | None, only: str, key: str | None) -> Plan:
@@ -225,12 +237,6 @@ def _with_notes(source: Source, notes: tuple[str, ...]) -> Source:
 
 def _over(path: Path, plan: Plan, base: Source) -> Plan:
     """The checkpoint's tensors over those of a base, in the base's order, new names last."""
-    if plan.format.startswith("peft"):
-        raise CheckpointError(
-            "is a LoRA adapter, which has to be merged with arithmetic",
-            where=str(path),
-            fix="merge it with the model loaded: thawline export, or peft's merge_and_unload",
-        )
     shared = [name for name in plan.tensors if name in base]
     if not shared:
         raise BaseMismatch(
@@ -271,6 +277,26 @@ def _over(path: Path, plan: Plan, base: Source) -> Plan:
 # --- our own deltas ---
 
 
+def _averaged(source: Source) -> Source:
+    """A checkpoint's tensors with the averages that it keeps laid over them, in the element types of the tensors."""
+    tensors = dict(source.plan.tensors)
+    averages, file = thawline_run.read_averages(source.path)
+    unknown = sorted(set(averages) - set(tensors))
+    if unknown:
+        raise CheckpointError(f"keeps averages of what it does not hold: {_first(unknown)}", where=str(source.path))
+    for name, average in averages.items():
+        own = tensors[name].info
+        info = replace(own, origin=EMA, tied_to=average.info.tied_to)
+        tensors[name] = Planned(info=info, parts=average.parts, stored=average.info.dtype)
+    plan = replace(
+        source.plan,
+        tensors=tensors,
+        files=(*source.plan.files, file),
+        notes=(*source.notes, f"{len(averages)} tensors are averages over the run (EMA)"),
+    )
+    return Source(source.path, plan)
+
+
 def _delta(path: Path, delta: thawline_run.DeltaPlan, base: Path | None, *, required: bool) -> Source:
     """A delta over its base, every tensor of the base checked by digest; or, where allowed, the delta alone."""
     if base is None:
@@ -285,7 +311,7 @@ def _delta(path: Path, delta: thawline_run.DeltaPlan, base: Path | None, *, requ
                 fix="give the base (--base)",
             )
         base = recorded
-    under = _open(base, None, "weights", None, None)
+    under = _open(base, None, None, None, None)
     tensors = _base_tensors(path, delta, under)
     for copy, origin in delta.copied.items():
         tensors[copy] = tensors[origin].renamed(copy)
@@ -307,7 +333,8 @@ def _base_tensors(path: Path, delta: thawline_run.DeltaPlan, base: Source) -> di
     """The base's tensors as the delta knows them. Raises BaseMismatch naming both and what differs.
 
     A base may be kept in another element type or another spelling than the model was trained in; every tensor is taken
-    as it is or widened, whichever has the recorded digest.
+    as it is or widened, whichever has the recorded digest. One that the run gave another shape before it began (changed
+    units) is not in the base's files, and need not be where the delta holds it whole.
     """
     have = dict(base.plan.tensors)
     if not set(delta.base) <= set(have):
@@ -329,6 +356,8 @@ def _base_tensors(path: Path, delta: thawline_run.DeltaPlan, base: Source) -> di
             found[name] = wide.renamed(name, origin=BASE)
         else:
             differing.append(name)
+    remade = {name for name in delta.tensors if name not in delta.copied.values() and _reshaped(name, delta, have)}
+    differing = [name for name in differing if name not in remade]
     missing = sorted(set(delta.base) - set(have))
     if differing or missing:
         lines = [
@@ -343,6 +372,10 @@ def _base_tensors(path: Path, delta: thawline_run.DeltaPlan, base: Source) -> di
         recorded = f", recorded as {delta.base_path}" if delta.base_path else ""
         raise BaseMismatch("\n".join(lines), where=str(path), fix=f"give the base it was made from{recorded} (--base)")
     return found
+
+
+def _reshaped(name: str, delta: thawline_run.DeltaPlan, have: Mapping[str, Planned]) -> bool:
+    return name in have and have[name].info.shape != delta.tensors[name].info.shape
 
 
 def _digest(tensor: Planned) -> str:

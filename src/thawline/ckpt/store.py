@@ -13,7 +13,6 @@ and is removed by the next writer beside it. Where a file system has no such loc
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import io
@@ -24,95 +23,23 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final, cast
 
 from blake3 import blake3
 
+from thawline.ckpt.filesystem import UNSUPPORTED, Buffer
+from thawline.ckpt.filesystem import FileSystem as FileSystem
+from thawline.ckpt.refusal import StorageError as StorageError
+from thawline.ckpt.refusal import free_bytes, naming, refused
 from thawline.errors import CheckpointError
-
-Buffer = bytes | bytearray | memoryview
 
 _LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>tmp|old)-\d+-[0-9a-f]{8}")
 _UNLOCKABLE_AGE_S: Final = 24 * 3600.0
 _DIGEST_PIECE = 8 << 20  # bytes hashed and written at a time, so that the second touch finds them in the cache
 _PARALLEL_BYTES = 1 << 20
-_AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
-_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 _WRITE_SIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-
-
-class StorageError(CheckpointError):
-    """The storage refused a write: full, over quota, not permitted, read-only, or failing.
-
-    path:  the target that was to be written; it is as it was before
-    errno: the system's reason (errno.ENOSPC, ...)
-    needed_bytes: what the target needs, 0 if unknown; free_bytes: what was available for it, -1 if unknown
-    """
-
-    path: Path
-    errno: int
-    needed_bytes: int
-    free_bytes: int
-
-
-class FileSystem:
-    """The system calls that change something on disk, one method each. A shim overrides what it wants to disturb."""
-
-    def make_dir(self, path: Path) -> None:
-        os.mkdir(path)
-
-    def create(self, path: Path) -> int:
-        """A new file, open for reading and writing; an existing one is refused. Returns the descriptor."""
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-
-    def write(self, descriptor: int, data: Buffer) -> int:
-        """Write at the descriptor's position; returns how many bytes were taken, which may be fewer than given."""
-        return os.write(descriptor, data)
-
-    def sync(self, path: Path) -> None:
-        """Flush a file's content, or a directory's entries, to the device."""
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            if hasattr(fcntl, "F_FULLFSYNC"):  # macOS: fsync alone stops at the drive's cache
-                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-            else:
-                os.fsync(descriptor)
-        except OSError as exc:
-            # Some network file systems cannot flush a directory and say EINVAL; for a file that is a failure.
-            if exc.errno not in _UNSUPPORTED or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
-                raise
-        finally:
-            os.close(descriptor)
-
-    def rename_new(self, old: Path, new: Path) -> None:
-        """Rename; FileExistsError where `new` exists (plain rename(2) would replace an empty directory)."""
-        try:
-            _renameat2(old, new, _RENAME_NOREPLACE)
-        except OSError as exc:
-            if exc.errno not in _UNSUPPORTED:
-                raise
-            if os.path.lexists(new):
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(new)) from None
-            os.rename(old, new)
-
-    def replace(self, old: Path, new: Path) -> None:
-        """Rename a file over another in one step."""
-        os.replace(old, new)
-
-    def exchange(self, one: Path, other: Path) -> None:
-        """Swap two names in one step; OSError with ENOSYS or EINVAL where the system cannot."""
-        _renameat2(one, other, _RENAME_EXCHANGE)
-
-    def link(self, old: Path, new: Path) -> None:
-        """A second name for a file."""
-        os.link(old, new)
-
-    def remove(self, path: Path) -> None:
-        os.unlink(path)
-
-    def remove_dir(self, path: Path) -> None:
-        os.rmdir(path)
 
 
 SYSTEM: FileSystem = FileSystem()
@@ -143,7 +70,7 @@ def atomic_dir(target: Path, *, force: bool = False, need_bytes: int = 0) -> Ite
     target = Path(os.path.abspath(target))
     with _guard(target, force, need_bytes, SYSTEM.make_dir) as temporary:
         yield temporary
-        with _storage(target, need_bytes, temporary):
+        with storage(target, need_bytes, temporary):
             _sync_tree(temporary)
             _swap_in(temporary, target, force=force)
 
@@ -162,7 +89,7 @@ def atomic_file(target: Path, *, force: bool = False, need_bytes: int = 0) -> It
                 yield cast(BinaryIO, file)
         finally:
             raw.close()
-        with _storage(target, need_bytes, temporary):
+        with storage(target, need_bytes, temporary):
             SYSTEM.sync(temporary)
             if force and not target.is_dir():
                 SYSTEM.replace(temporary, target)
@@ -186,7 +113,7 @@ def write_file(path: Path, pieces: Iterable[Buffer]) -> tuple[int, str]:
     """
     hasher = file_hasher()
     size = 0
-    with _naming(path):
+    with naming(path):
         descriptor = SYSTEM.create(path)
         try:
             for piece in _gathered(pieces):
@@ -199,6 +126,54 @@ def write_file(path: Path, pieces: Iterable[Buffer]) -> tuple[int, str]:
         finally:
             os.close(descriptor)
     return size, str(hasher.hexdigest())
+
+
+@dataclass(frozen=True, slots=True)
+class Direct:
+    """An open file that several threads fill, each at places of its own; every call goes through SYSTEM."""
+
+    path: Path
+    descriptor: int
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> Direct:
+        """Of a file that `atomic_file` gave."""
+        return cls(Path(file.name), file.fileno())
+
+    def write_at(self, data: memoryview, place: int) -> None:
+        """Write all of `data` from byte `place`."""
+        with naming(self.path):
+            while len(data):
+                taken = SYSTEM.write_at(self.descriptor, data, place)
+                data = data[taken:]
+                place += taken
+
+    def flush(self) -> None:
+        """Bring what was written to the device."""
+        with naming(self.path):
+            SYSTEM.flush(self.descriptor)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Direct]:
+    """A new file inside a directory given by `atomic_dir`, to be filled out of order."""
+    with naming(path):
+        descriptor = SYSTEM.create(path)
+    try:
+        yield Direct(path, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def link(old: Path, new: Path) -> bool:
+    """Give a file a second name; False where the file system cannot. For files that nobody changes in place."""
+    try:
+        SYSTEM.link(old, new)
+    except OSError as exc:
+        if exc.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, *UNSUPPORTED):
+            return False
+        raise
+    return True
 
 
 def remove_tree(path: Path) -> None:
@@ -214,7 +189,7 @@ def remove_tree(path: Path) -> None:
 def retire(path: Path) -> None:
     """Remove a whole directory so that a half-removed one is never seen under its name: hidden first, then deleted."""
     hidden = _sibling(path, "tmp")
-    with _storage(path, 0):
+    with storage(path):
         SYSTEM.rename_new(path, hidden)
         SYSTEM.sync(path.parent)
         remove_tree(hidden)
@@ -252,39 +227,16 @@ def give_back(parent: Path, name: str | None = None) -> tuple[Path, ...]:
     return _treat(parent, name, put_back)
 
 
-def free_bytes(path: Path) -> int:
-    """Bytes that this user may still write where `path` lies, or will lie; -1 if the system does not say."""
-    for place in (path, *path.parents):
-        try:
-            found = os.statvfs(place)
-        except FileNotFoundError:
-            continue
-        except OSError:
-            return -1
-        return found.f_bavail * found.f_frsize
-    return -1
-
-
-def human_bytes(amount: int) -> str:
-    """`1.5 GB`: decimal units, as disks are sold.
-
-    >>> human_bytes(1_500_000_000)
-    '1.5 GB'
-    """
-    value = float(amount)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
 class _SeamFile(io.RawIOBase):
     """A raw file whose writes go through SYSTEM; everything else is the descriptor's own."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    @property
+    def name(self) -> str:
+        return str(self._path)
 
     def writable(self) -> bool:
         return True
@@ -304,7 +256,7 @@ class _SeamFile(io.RawIOBase):
         return length
 
     def write(self, data: Buffer) -> int:  # type: ignore[override]  # typeshed's ReadableBuffer is wider than we need
-        with _naming(self._path):
+        with naming(self._path):
             return SYSTEM.write(self._descriptor, data)
 
     def close(self) -> None:
@@ -316,7 +268,7 @@ class _SeamFile(io.RawIOBase):
 @contextmanager
 def _guard(target: Path, force: bool, need: int, make: Callable[[Path], None]) -> Iterator[Path]:
     """Yield a locked temporary of `target`; flush the parent on success, remove what is left over on failure."""
-    with _storage(target, need):
+    with storage(target, need):
         clean_leftovers(target.parent, target.name)
         _refuse_existing(target, force)
         _make_parents(target.parent)
@@ -327,7 +279,7 @@ def _guard(target: Path, force: bool, need: int, make: Callable[[Path], None]) -
         with _callers(target, need, temporary):
             yield temporary
         renamed = True
-        with _storage(target, need, temporary):
+        with storage(target, need, temporary):
             SYSTEM.sync(target.parent)
         renamed = False
     finally:
@@ -341,14 +293,14 @@ def _guard(target: Path, force: bool, need: int, make: Callable[[Path], None]) -
 
 
 @contextmanager
-def _storage(target: Path, need: int, temporary: Path | None = None) -> Iterator[None]:
-    """Turn every error of the system, in our own calls, into one of ours."""
+def storage(target: Path, need: int = 0, temporary: Path | None = None) -> Iterator[None]:
+    """Turn every error of the system in the calls inside into StorageError about `target`; FileExistsError says so."""
     try:
         yield
     except FileExistsError as exc:
         raise _exists(target) from exc
     except OSError as exc:
-        raise _refused(exc, target, need, temporary) from exc
+        raise refused(exc, target, need, temporary) from exc
 
 
 @contextmanager
@@ -359,34 +311,8 @@ def _callers(target: Path, need: int, temporary: Path) -> Iterator[None]:
     except OSError as exc:
         named = os.fspath(exc.filename) if isinstance(exc.filename, str | os.PathLike) else ""
         if exc.errno in _WRITE_SIDE or str(named).startswith(str(temporary)):
-            raise _refused(exc, target, need, temporary) from exc
+            raise refused(exc, target, need, temporary) from exc
         raise
-
-
-def _refused(exc: OSError, target: Path, need: int, temporary: Path | None) -> StorageError:
-    written = _tree_bytes(temporary) if temporary is not None else 0
-    free = free_bytes(target.parent)
-    available = free + written if free >= 0 else -1
-    room = f"needs {human_bytes(need)}" if need else f"{human_bytes(written)} were written so far"
-    if available >= 0:
-        room += f", {human_bytes(available)} available"
-    fixes = {
-        errno.ENOSPC: "free space on this file system, keep fewer checkpoints, or write elsewhere",
-        errno.EDQUOT: "this user's quota is used up: delete files, ask for more, or write elsewhere",
-        errno.EFBIG: "a file-size limit is in force (ulimit -f, or the file system's own): raise it or write elsewhere",
-        errno.EACCES: "let this user write to the directory, or write elsewhere",
-        errno.EPERM: "let this user write to the directory, or write elsewhere",
-        errno.EROFS: "the file system is mounted read-only: write elsewhere",
-        errno.EIO: "the device reports a fault: check it (dmesg) before trusting it, and write elsewhere",
-    }
-    code = exc.errno or 0
-    error = StorageError(
-        f"cannot write: {exc.strerror or exc} ({room}); what was there before is untouched",
-        where=str(target),
-        fix=fixes.get(code, "see the system's message"),
-    )
-    error.path, error.errno, error.needed_bytes, error.free_bytes = target, code, need, available
-    return error
 
 
 def _exists(target: Path) -> CheckpointError:
@@ -502,7 +428,7 @@ def _swap_in(temporary: Path, target: Path, *, force: bool) -> None:
     try:
         SYSTEM.exchange(temporary, target)
     except OSError as exc:
-        if exc.errno not in _UNSUPPORTED:
+        if exc.errno not in UNSUPPORTED:
             raise
         # Two steps: between them the old one is whole under a name that clean_leftovers gives back.
         aside = _sibling(target, "old")
@@ -548,37 +474,3 @@ def _gathered(pieces: Iterable[Buffer]) -> Iterator[Buffer]:
             small.clear()
         yield piece
     yield bytes(small)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Give errors of calls on a descriptor the file's name, which the system leaves out."""
-    try:
-        yield
-    except OSError as exc:
-        if exc.filename is None:
-            exc.filename = str(path)
-        raise
-
-
-def _tree_bytes(path: Path) -> int:
-    try:
-        info = os.lstat(path)
-        if not stat.S_ISDIR(info.st_mode):
-            return info.st_size
-        return sum(_tree_bytes(path / entry) for entry in os.listdir(path))
-    except OSError:
-        return 0
-
-
-def _renameat2(old: Path, new: Path, flags: int) -> None:
-    call = getattr(_libc(), "renameat2", None)
-    if call is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(new))
-    if call(_AT_FDCWD, os.fsencode(old), _AT_FDCWD, os.fsencode(new), flags) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(new))
-
-
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)

@@ -76,6 +76,22 @@ def pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
         yield raw_bytes(tensors[slot.name])
 
 
+def untied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What has to be stored, sorted by name: of several names of one tensor the first, which the others lead to."""
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    places: dict[object, str] = {}
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and place in places:
+            aliases[name] = places[place]
+        else:
+            places[place] = name
+            stored[name] = tensor
+    return stored, aliases
+
+
 def size_of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
     """How many bytes `pieces` will give."""
     head, slots = header(tensors, metadata)

@@ -7,10 +7,19 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from thawline.ckpt.formats.pieces import Planned, read
 from thawline.ckpt.source import Source
 from thawline.core.digest import DTYPES
 
 _TORCH = {spelled: getattr(torch, word) for word, spelled in DTYPES.items() if hasattr(torch, word)}
+
+
+def tensor_of(tensor: Planned) -> Tensor:
+    """A tensor of a plan, checksums checked, in memory of its own."""
+    data = bytearray(read(tensor))
+    dtype = _TORCH[tensor.info.dtype]
+    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    return flat.reshape(tensor.info.shape)
 
 
 class SourceTensors(Mapping[str, Tensor]):
@@ -25,11 +34,7 @@ class SourceTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._source:
             raise KeyError(name)
-        info = self._source.info(name)
-        data = bytearray(self._source.read(name))
-        dtype = _TORCH[info.dtype]
-        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-        return flat.reshape(info.shape)
+        return tensor_of(self._source.plan.tensors[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._source.names)

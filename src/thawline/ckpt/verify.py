@@ -12,13 +12,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from thawline.ckpt.formats.huggingface import tied_name
 from thawline.ckpt.formats.pieces import TensorInfo
 from thawline.ckpt.source import Source, open_source
+from thawline.ckpt.transfer import fetched
 from thawline.core.digest import fingerprint
 from thawline.errors import CheckpointError
 
@@ -100,8 +102,12 @@ def verify(path: Path | str, *, tag: str | None = None, base: Path | str | None 
     Damage is reported, not raised; what `open_source` refuses is a problem too. Raises CheckpointError only if the path
     does not exist.
     """
+    with fetched(path, tag=tag) as here, nullcontext() if base is None else fetched(base) as under:
+        return replace(_verified(here, tag, under), path=str(path))
+
+
+def _verified(path: Path, tag: str | None, base: Path | None) -> VerifyReport:
     started = time.perf_counter()
-    path = Path(path)
     if not path.exists():
         raise CheckpointError("does not exist", where=str(path), fix="check the path")
     try:

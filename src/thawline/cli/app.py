@@ -27,10 +27,14 @@ VERBS: dict[str, tuple[str, str]] = {
     "report": ("thawline.cli.report:report", "Write one page about a run: curves, audit, mistakes."),
     "chat": ("thawline.cli.chat:chat", "Ask a video-chat model about a video."),
     "convert": ("thawline.cli.convert:convert", "Turn any checkpoint into one verified file."),
-    "verify": ("thawline.cli.convert:verify", "Check any checkpoint for damage."),
+    "export": ("thawline.cli.export:export", "Write what a run has made as a model that stands alone."),
+    "average": ("thawline.cli.average:average", "Write the mean of several checkpoints as one model."),
+    "verify": ("thawline.cli.verify:verify", "Check any checkpoint for damage."),
     "diff": ("thawline.cli.diff:diff", "Which tensors differ between two models or checkpoints, and how much."),
     "data": ("thawline.cli.data:data", "Check a data set before training on it."),
     "serve": ("thawline.cli.serve:serve", "Recognise speech over HTTP: a page, OpenAI's call, live speech."),
+    "runs": ("thawline.cli.runs:runs", "List the runs in a folder, and how each of them stands."),
+    "explain": ("thawline.cli.explain:explain", "Say more about an exit code, an error, a finding or a grade."),
     "env": ("thawline.cli.env:env", "What is installed and works here."),
 }
 """Verb -> (module:command, one line of help). Kept as plain words so that `--help` imports nothing."""

@@ -1,4 +1,4 @@
-"""`thawline convert` and `thawline verify`."""
+"""`thawline convert`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from thawline.errors import RecipeError
 @click.command()
 @click.argument("source", metavar="SRC", type=click.Path())
 @click.argument("target", metavar="DST", type=click.Path())
-@click.option("--to", required=True, help="safetensors, torch, wenet, whisper, hf or delta.")
-@click.option("--base", type=click.Path(), help="The base that a run or a delta belongs to.")
+@click.option("--to", required=True, help="safetensors, torch, wenet, whisper, hf, videochat2 or delta.")
+@click.option("--base", type=click.Path(), help="The base that a run, a delta or an adapter belongs to.")
 @click.option("--dtype", help="fp32, fp16 or bf16 for every floating tensor.")
-@click.option("--only", default="weights", show_default=True, help="weights or ema.")
+@click.option("--only", type=click.Choice(["weights", "ema"]), help="The weights as trained, or their averages.")
+@click.option("--tag", help="Which of several: a DeepSpeed tag, epoch_3, step-00001200.")
 @click.option("--rename", type=click.Path(), help="A YAML mapping of names or patterns.")
 @click.option("--max-memory", help="A bound on memory, e.g. 500MB.")
 @click.option("--force", is_flag=True, help="Replace an existing DST.")
@@ -29,24 +30,29 @@ def convert(
     to: str,
     base: str | None,
     dtype: str | None,
-    only: str,
+    only: str | None,
+    tag: str | None,
     rename: str | None,
     max_memory: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
-    """Turn any checkpoint SRC into DST, verified by reading it again. SRC is never changed."""
+    """Turn any checkpoint SRC into DST, verified by reading it again. SRC is never changed.
+
+    Both may be URLs (s3://bucket/...), with the extra `remote`.
+    """
     from thawline.ckpt.convert import convert as run
-    from thawline.core.config import read_yaml
+    from thawline.ckpt.convert import read_rename_table
 
     report = run(
-        Path(source),
-        Path(target),
+        source,
+        target,
         to=to,
-        base=Path(base) if base is not None else None,
+        base=base,
         dtype=dtype,
         only=only,
-        rename=None if rename is None else read_yaml(rename).data,
+        tag=tag,
+        rename=None if rename is None else read_rename_table(Path(rename)),
         force=force,
         max_memory=None if max_memory is None else _bytes(max_memory),
     )
@@ -59,14 +65,3 @@ def _bytes(text: str) -> int:
     if found is None:
         raise RecipeError(f"{text!r} is not an amount of memory", where="--max-memory", fix="e.g. 500MB")
     return int(float(found[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[found[2].lower()])
-
-
-@click.command()
-@click.argument("path", type=click.Path())
-@json_option
-def verify(path: str, as_json: bool) -> None:
-    """Check any checkpoint at PATH for damage: sizes, digests, structure."""
-    from thawline.ckpt.verify import verify as run
-
-    report = run(Path(path))
-    give(report.to_json(), report.table(), as_json=as_json)

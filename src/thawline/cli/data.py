@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -21,14 +21,21 @@ def data() -> None:
 @click.argument("path", type=click.Path())
 @click.option("--valid", type=click.Path(), help="Held-back data: also look for what stands in both.")
 @click.option("--units", type=click.Path(), help="A WeNet units.txt: also count what it cannot spell.")
+@click.option("--model", type=click.Path(), help="A recogniser: count what it cannot spell, and what CTC cannot align.")
 @json_option
-def check(path: str, valid: str | None, units: str | None, as_json: bool) -> None:
+def check(path: str, valid: str | None, units: str | None, model: str | None, as_json: bool) -> None:
     """Format, utterances, hours, lengths, vocabulary, and every file that cannot be read."""
     from thawline.data.check import check_data
 
-    report = check_data(
-        Path(path), valid=None if valid is None else Path(valid), units=None if units is None else Path(units)
-    )
+    if units is not None and model is not None:
+        raise click.UsageError("--units and --model exclude each other: a model has units")
+    known: dict[str, Any] = {} if units is None else {"units": Path(units)}
+    if model is not None:
+        from thawline.tasks.speech_home import SpeechHome
+
+        home = SpeechHome.of(Path(model))
+        known = {"tokenizer": home.tokenizer(), "frontend": home.frontend({}), "encoder_frames": home.encoder_frames}
+    report = check_data(Path(path), valid=None if valid is None else Path(valid), **known)
     give(report.to_json(), report.table(), as_json=as_json)
 
 
@@ -61,7 +68,8 @@ def cmvn(path: str, out: str, conf: str | None, as_json: bool) -> None:
     from thawline.core.config import bind, read_yaml
     from thawline.data.cmvn import cmvn_sums
     from thawline.data.manifest import read_manifest
-    from thawline.data.speech import SpeechFrontend, SpeechSamples
+    from thawline.data.speech import SpeechSamples
+    from thawline.data.speech_frontend import SpeechFrontend
 
     frontend = SpeechFrontend() if conf is None else bind(SpeechFrontend, read_yaml(Path(conf)), ("dataset_conf",))
     sums = cmvn_sums(SpeechSamples(read_manifest(Path(path)), frontend, training=False))

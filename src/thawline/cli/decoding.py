@@ -20,9 +20,15 @@ _OPTIONS = (
     click.option("--blank-penalty", type=click.FloatRange(0), help="CTC: more than zero gives more tokens."),
     click.option("--chunk-size", type=int, help="Encoder frames a chunk, for models trained so."),
     click.option("--left-chunks", type=int, help="Chunks of history."),
+    click.option(
+        "--streaming", is_flag=True, default=None, help="Chunk by chunk with caches, as live speech; with --chunk-size."
+    ),
     click.option("--language", help="What a multilingual model is prompted with, e.g. en or zh; auto lets it decide."),
     click.option("--task", type=click.Choice(["transcribe", "translate"]), help="Whisper: translate into English."),
     click.option("--prompt", help="Whisper: words that came before, e.g. names and their spelling."),
+    click.option(
+        "--fallback", is_flag=True, default=None, help="Whisper: try again what repeats itself or is improbable."
+    ),
     click.option("--hotword", "hotwords", multiple=True, help="A phrase to prefer; may be given again."),
     click.option("--hotword-score", type=float, help="Bonus per token of such a phrase; default 3."),
     click.option("--tokenizer", type=click.Path(), help="A folder with a Whisper's tokenizer.json, if MODEL has none."),

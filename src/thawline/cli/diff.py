@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from thawline.cli.app import json_option
@@ -22,7 +20,7 @@ def diff(a: str, b: str, base: str | None, as_json: bool) -> None:
     """
     from thawline.tasks.comparing import compare
 
-    found = compare(Path(a), Path(b), base=None if base is None else Path(base))
+    found = compare(a, b, base=base)
     give(found.to_json(), found.table(), as_json=as_json)
     if found.differs:
         click.get_current_context().exit(1)

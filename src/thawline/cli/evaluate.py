@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,44 +48,56 @@ def evaluate(
     **options: Any,
 ) -> None:
     """Score MODEL (a model directory, a run, or a delta with --base) on DATA: word and character error rate,
-    the accuracy of an image classifier, or loss and token accuracy of a video-chat model on an instruction file."""
+    the accuracy of an image classifier, loss and token accuracy of a video-chat model on an instruction file, or how
+    often a caption finds its clip (stage 1 of VideoChat2)."""
     from thawline.tasks.kinds import kind_of
 
     kind = kind_of(model)
-    if kind != "speech":
-        meant = [name for name, value in {**options, "normalizer": normalizer, "html": html}.items() if value]
-        if meant:
-            raise click.UsageError(f"--{meant[0].replace('_', '-')} means nothing to a {kind} model")
-        judge = _classifier if kind == "vision" else _chat_model
-        judge(model, data, base, batch_size, workers, limit, out, as_json)
+    options["normalizer"] = normalizer
+    if kind == "speech":
+        _recogniser(_Question(model, data, base, batch_size, workers, limit, out, as_json), html, options)
         return
-    _recogniser(
-        model, data, base, batch_size, workers, limit, out, html, as_json, {**options, "normalizer": normalizer}
-    )
+    meant = [name for name, value in {**options, "html": html}.items() if value]
+    if meant:
+        raise click.UsageError(f"--{meant[0].replace('_', '-')} means nothing to a {kind} model")
+    judges = {"vision": _classifier, "videochat": _chat_model, "videochat_stage1": _caption_finder}
+    judges[kind](_Question(model, data, base, batch_size, workers, limit, out, as_json))
 
 
-def _recogniser(
-    model: str,
-    data: str,
-    base: str | None,
-    batch_size: int,
-    workers: int,
-    limit: int | None,
-    out: str | None,
-    html: str | None,
-    as_json: bool,
-    options: Mapping[str, Any],
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What is asked of a model of any kind."""
+
+    model: str
+    data: str
+    base: str | None
+    batch_size: int
+    workers: int
+    limit: int | None
+    out: str | None
+    as_json: bool
+
+    def put_to(self, model: Any, *, batch_size: int | None = None) -> Evaluation:
+        """The answer of an opened model; its rows are written where they were asked for."""
+        size = self.batch_size if batch_size is None else batch_size
+        result: Evaluation = model.evaluate(self.data, batch_size=size, workers=self.workers, limit=self.limit)
+        if self.out is not None:
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
+            Path(self.out).write_text(lines, encoding="utf-8")
+        return result
+
+
+def _recogniser(asked: _Question, html: str | None, options: Mapping[str, Any]) -> None:
     from thawline.tasks.recognition import Recognizer
     from thawline.tasks.speech_page import error_table
 
-    recognizer = Recognizer.open(model, base=base, **options)
+    recognizer = Recognizer.open(asked.model, base=asked.base, **options)
     for note in recognizer.notes:
         say(f"note: {note}", as_json=True)
-    result = recognizer.evaluate(data, batch_size=batch_size, workers=workers, limit=limit)
-    _write_rows(out, result.rows)
+    result = asked.put_to(recognizer)
     if html is not None:
-        _write_page(html, result, f"{Path(model).name} on {data}", data, recognizer.options.normalizer)
+        title = f"{Path(asked.model).name} on {asked.data}"
+        _write_page(html, result, title, asked.data, recognizer.options.normalizer)
     counts = ("utterances", "words", "unreadable")
     metrics: dict[str, Any] = {k: int(v) if k in counts else v for k, v in result.metrics.items()}
     table = error_table(result.rows, normalize=recognizer.options.normalizer)
@@ -99,7 +112,7 @@ def _recogniser(
         if found:
             common = ", ".join(f"{_confusion(row)} {row['count']}" for row in found[:8])
             text += f"\n{name:<11} {common}"
-    give({**metrics, "errors": table}, text, as_json=as_json)
+    give({**metrics, "errors": table}, text, as_json=asked.as_json)
 
 
 def _confusion(row: Mapping[str, Any]) -> str:
@@ -115,50 +128,36 @@ def _write_page(html: str, result: Evaluation, title: str, data: str, normalizer
     Path(html).write_text(page, encoding="utf-8")
 
 
-def _classifier(
-    model: str,
-    data: str,
-    base: str | None,
-    batch_size: int,
-    workers: int,
-    limit: int | None,
-    out: str | None,
-    as_json: bool,
-) -> None:
+def _classifier(asked: _Question) -> None:
     from thawline.tasks.vision_classifier import Classifier
 
-    result = Classifier.open(model, base=base).evaluate(data, batch_size=batch_size, workers=workers, limit=limit)
-    _write_rows(out, result.rows)
+    result = asked.put_to(Classifier.open(asked.model, base=asked.base))
     metrics = {k: int(v) if k in ("images", "unreadable") else v for k, v in result.metrics.items()}
     top5 = f"  top-5 {metrics['top5']:.4f}" if "top5" in metrics else ""
     text = f"accuracy {metrics['accuracy']:.4f}{top5}  loss {metrics['loss']:.4f}  over {metrics['images']} images"
-    give(metrics, text, as_json=as_json)
+    give(metrics, text, as_json=asked.as_json)
 
 
-def _chat_model(
-    model: str,
-    data: str,
-    base: str | None,
-    batch_size: int,
-    workers: int,
-    limit: int | None,
-    out: str | None,
-    as_json: bool,
-) -> None:
+def _chat_model(asked: _Question) -> None:
     from thawline.tasks.videochat_asking import ChatModel
 
-    size = 1 if out is not None else batch_size  # a row is a sample
-    result = ChatModel.open(model, base=base).evaluate(data, batch_size=size, workers=workers, limit=limit)
-    _write_rows(out, result.rows)
+    one_a_row = 1 if asked.out is not None else None  # a row is a sample
+    result = asked.put_to(ChatModel.open(asked.model, base=asked.base), batch_size=one_a_row)
     metrics = {k: v if k in ("loss", "accuracy") else int(v) for k, v in result.metrics.items()}
     text = (
         f"loss {metrics['loss']:.4f}  token accuracy {metrics['accuracy']:.4f}  over {metrics['samples']} samples, "
         f"{metrics['tokens']} tokens"
     )
-    give(metrics, text, as_json=as_json)
+    give(metrics, text, as_json=asked.as_json)
 
 
-def _write_rows(out: str | None, rows: Sequence[Mapping[str, Any]]) -> None:
-    if out is not None:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        Path(out).write_text(lines, encoding="utf-8")
+def _caption_finder(asked: _Question) -> None:
+    from thawline.tasks.videochat_finding import CaptionFinder
+
+    result = asked.put_to(CaptionFinder.open(asked.model, base=asked.base))
+    metrics = {k: int(v) if k in ("samples", "unreadable") else v for k, v in result.metrics.items()}
+    text = (
+        f"recall@1 {metrics['recall1']:.4f}  recall@5 {metrics['recall5']:.4f}  loss {metrics['loss']:.4f}  over "
+        f"{metrics['samples']} captions"
+    )
+    give(metrics, text, as_json=asked.as_json)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from thawline.core.extras import need
-from thawline.data.manifest import TarRef, Utterance, pipe_command
+from thawline.data.utterance import TarRef, Utterance, pipe_command
 from thawline.errors import DataError
 
 if TYPE_CHECKING:

@@ -14,10 +14,13 @@ from typing import Any
 
 from blake3 import blake3
 
-from thawline.data.audio import decode
-from thawline.data.features import FbankConf, n_frames
-from thawline.data.manifest import Format, Manifest, Utterance, read_manifest
+from thawline.data.audio import decode, duration_s
+from thawline.data.manifest import Format, Manifest, read_manifest
+from thawline.data.speech import LONGEST_S
+from thawline.data.speech_frontend import SpeechFrontend
+from thawline.data.targets import conv2d_frames, ctc_frames_needed
 from thawline.data.text import CharTokenizer, Tokenizer, read_units
+from thawline.data.utterance import Utterance
 from thawline.errors import DataError
 
 _EDGES_S = (0, 0.5, 1, 2, 5, 10, 15, 20, 30, 60, 600, float("inf"))
@@ -27,7 +30,7 @@ _TOLERANCE_S = 0.1  # a list may round its durations
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing to look at. kind: row | file | duration | rate | ctc | leak; where: file:line, path or key."""
+    """One thing to look at. kind: row | file | long | duration | ctc | leak; where: file:line, path or key."""
 
     kind: str
     where: str
@@ -102,6 +105,7 @@ class DataReport:
 _TITLES = {
     "row": "rows that cannot be used",
     "file": "files that cannot be read",
+    "long": "recordings to be cut into segments first",
     "duration": "durations that differ from the list",
     "ctc": "targets too long for CTC",
     "leak": "held-back data that training sees",
@@ -114,7 +118,8 @@ def check_data(
     valid: Path | None = None,
     units: Path | None = None,
     tokenizer: Tokenizer | None = None,
-    subsampling: int = 4,
+    frontend: SpeechFrontend | None = None,
+    encoder_frames: Callable[[int], int] | None = conv2d_frames,
     format: Format = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> DataReport:
@@ -122,8 +127,9 @@ def check_data(
 
     valid:       held-back data; what stands in both is reported as a leak
     units:       a units.txt whose characters the texts should be spelled in; or give a `tokenizer`
-    subsampling: the encoder's, 4, 6 or 8 (conv2d, conv2d6, conv2d8): with a vocabulary, targets that need more frames
-                 than the encoder gives are reported, which a CTC loss with zero_infinity would hide
+    frontend:    how the model hears; None is 80 filter banks at 16 kHz
+    encoder_frames: how many the encoder gives for so many frames of features: with a vocabulary, targets that need more
+                 are reported, which a CTC loss with zero_infinity would hide; None is a model without CTC
     progress:    called with (files read, files in all)
 
     Raises DataError where there is no data at all. A single bad row or file is a finding.
@@ -132,6 +138,7 @@ def check_data(
     manifest = _read(path, format, findings)
     if tokenizer is None and units is not None:
         tokenizer = CharTokenizer(read_units(units))
+    hearing = frontend or SpeechFrontend()
     held_back = _read(valid, "auto", findings) if valid is not None else None
     total = len(manifest) + (len(held_back) if held_back is not None else 0)
     sounds: dict[str, str] = {}
@@ -153,8 +160,8 @@ def check_data(
         seconds.append(length_s)
         rates[rate] += 1
         sounds.setdefault(sound, row.key)
-        if ids is not None:
-            _check_ctc(row, ids, length_s, subsampling, findings)
+        if ids is not None and encoder_frames is not None:
+            _check_ctc(row, ids, encoder_frames(hearing.n_frames(length_s)), findings)
     overlap: dict[str, int] = {}
     if held_back is not None:
         _check_leaks(manifest, held_back, sounds, findings)
@@ -174,27 +181,6 @@ def check_data(
         overlap=overlap,
         findings=tuple(findings),
     )
-
-
-def encoder_frames(frames: int, subsampling: int) -> int:
-    """Frames after WeNet's convolutional subsampling (conv2d, conv2d6, conv2d8; kernels 3, 3 / 3, 5 / 3, 3, 3)."""
-    once = (frames - 1) // 2
-    match subsampling:
-        case 1:
-            return frames
-        case 4:
-            return max(0, (once - 1) // 2)
-        case 6:
-            return max(0, (once - 2) // 3)
-        case 8:
-            return max(0, ((once - 1) // 2 - 1) // 2)
-        case _:
-            return frames // subsampling
-
-
-def ctc_frames_needed(ids: Sequence[int]) -> int:
-    """Encoder frames that CTC needs at least: one per token, and a blank between two equal ones."""
-    return len(ids) + sum(a == b for a, b in pairwise(ids))
 
 
 def _read(path: Path, format: Format, findings: list[Finding]) -> Manifest:
@@ -217,6 +203,10 @@ def _tokens(tokenizer: Tokenizer | None, row: Utterance, findings: list[Finding]
 def _hear(row: Utterance, findings: list[Finding]) -> tuple[float, int, str] | None:
     """Seconds, rate in Hz and a digest of the samples; None where it cannot be read."""
     try:
+        seconds = duration_s(row)
+        if seconds > LONGEST_S:
+            findings.append(Finding("long", row.wav, f"{seconds / 3600:.2f} hours in one utterance; not decoded here"))
+            return None
         samples, rate = decode(row.wav, start_s=row.start_s, end_s=row.end_s)
     except (DataError, OSError) as error:
         what = error.what if isinstance(error, DataError) else str(error)
@@ -230,11 +220,10 @@ def _hear(row: Utterance, findings: list[Finding]) -> tuple[float, int, str] | N
     return seconds, rate, str(blake3(samples.tobytes()).hexdigest(16))
 
 
-def _check_ctc(row: Utterance, ids: Sequence[int], seconds: float, subsampling: int, findings: list[Finding]) -> None:
-    frames = encoder_frames(n_frames(round(seconds * 16000), 16000, FbankConf()), subsampling)
+def _check_ctc(row: Utterance, ids: Sequence[int], frames: int, findings: list[Finding]) -> None:
     needed = ctc_frames_needed(ids)
     if needed > frames:
-        what = f"{len(ids)} tokens need {needed} encoder frames, {seconds:.2f} s give {frames}"
+        what = f"{len(ids)} tokens need {needed} encoder frames, it has {frames}"
         findings.append(Finding("ctc", row.key, what))
 
 

@@ -11,6 +11,7 @@ import csv
 import json
 import os
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -131,20 +132,37 @@ def read_images(path: Path) -> ImageSet:
 
 
 def read_pixels(file: Path) -> Pixels:
-    """An image file as RGB, turned upright as its camera noted. Raises DataError for what is no whole image."""
+    """An image file as RGB, turned upright as its camera noted; of an animation the first picture, of 16 bits the upper
+    eight. Raises DataError for what is no whole image, or would take more memory than any photograph."""
     image_module = need("PIL.Image", extra="vision")
     turned = need("PIL.ImageOps", extra="vision")
     try:
-        with image_module.open(file) as image:
-            image.load()
-            upright = turned.exif_transpose(image)
-            return np.asarray(_flat(upright, image_module).convert("RGB"))
+        # Pillow only warns of a size that looks like an attack, and warns of much that does no harm.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", image_module.DecompressionBombWarning)
+            with image_module.open(file) as image:
+                image.load()
+                upright = turned.exif_transpose(image)
+                return np.asarray(_flat(_in_bytes(upright, image_module), image_module).convert("RGB"))
     except OSError as exc:
         if exc.errno is not None:
             raise  # storage, not the image: the loader knows which of these pass
         raise _bad(file, exc) from exc
-    except (SyntaxError, ValueError, EOFError, struct.error, zlib.error, image_module.DecompressionBombError) as exc:
+    except (image_module.DecompressionBombError, image_module.DecompressionBombWarning) as exc:
         raise _bad(file, exc) from exc
+    except (SyntaxError, ValueError, EOFError, MemoryError, struct.error, zlib.error) as exc:
+        raise _bad(file, exc) from exc
+
+
+def _in_bytes(image: Any, image_module: Any) -> Any:
+    """Samples of 16 bits as bytes; Pillow's own conversion cuts them off at 255. Raises ValueError for floating-point
+    samples, whose range nobody knows."""
+    if image.mode == "F":
+        raise ValueError("floating-point samples have no known range")
+    if image.mode not in ("I", "I;16", "I;16B", "I;16L", "I;16N"):
+        return image
+    return image_module.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
 
 
 def _flat(image: Any, image_module: Any) -> Any:
@@ -157,7 +175,8 @@ def _flat(image: Any, image_module: Any) -> Any:
 
 
 def _bad(file: Path, exc: Exception) -> DataError:
-    return DataError(f"cannot be read as an image: {str(exc).splitlines()[0]}", where=str(file))
+    cause = str(exc).splitlines()
+    return DataError(f"cannot be read as an image: {cause[0] if cause else type(exc).__name__}", where=str(file))
 
 
 def _read_folder(path: Path) -> ImageFiles:

@@ -161,6 +161,9 @@ class ImageBatch:
         self.images = images
         self.labels = labels
 
+    def rows(self, start: int, stop: int) -> ImageBatch:
+        return ImageBatch(self.keys[start:stop], self.images[start:stop], self.labels[start:stop])
+
     def to(self, device: Any) -> ImageBatch:
         return ImageBatch(self.keys, self.images.to(device), self.labels.to(device))
 

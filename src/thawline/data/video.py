@@ -53,6 +53,10 @@ class Clip:
     times_s: tuple[float, ...]
 
 
+MAX_PIXELS = 89_478_485
+"""Of one frame; Pillow's limit for images (a quarter of a gigabyte in RGB)."""
+
+
 # --- decisions -------------------------------------------------------------------------------------------------------
 
 
@@ -205,8 +209,9 @@ def read_image(path: str | Path) -> Clip:
     av = need("av", extra="video")
     try:
         with av.open(str(path)) as container:
+            _stream(container, path)
             for frame in container.decode(video=0):
-                return Clip(frame.to_ndarray(format="rgb24")[None], ())
+                return Clip(_upright(frame)[None], ())
     except _causes(av) as exc:
         raise _unreadable(path, "image", exc) from exc
     raise DataError("the image holds no picture", where=str(path))
@@ -244,12 +249,21 @@ def read_video(
         raise _unreadable(path, "video", exc) from exc
 
 
+def video_seconds(path: str | Path) -> float:
+    """How long a video lasts, from its first frame to its last, by the times that its packets carry; 0 where they carry
+    none. Raises DataError naming the file and the cause."""
+    av = need("av", extra="video")
+    try:
+        times, _, base = _scan(av, path)
+    except _causes(av) as exc:
+        raise _unreadable(path, "video", exc) from exc
+    return float((times[-1] - times[0]) * base) if times else 0.0
+
+
 def _scan(av: Any, path: str | Path) -> tuple[list[int], list[int], Any]:
     """Presentation times of all frames and of those that decoding can start at, ascending, and their unit."""
     with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise DataError("there is no video in the file", where=str(path))
-        stream = container.streams.video[0]
+        stream = _stream(container, path)
         times: list[int] = []
         keys: list[int] = []
         for packet in container.demux(stream):
@@ -289,7 +303,7 @@ def _sought(av: Any, path: str | Path, targets: Sequence[int], keys: Sequence[in
                 if frame.pts is None or frame.pts > missing[0]:
                     return None
                 if frame.pts == missing[0]:
-                    found[missing.pop(0)] = frame.to_ndarray(format="rgb24")
+                    found[missing.pop(0)] = _upright(frame)
                     # Going on is cheaper than seeking, unless a key frame lies between here and the next target.
                     if not missing or any(frame.pts < k <= missing[0] for k in keys):
                         break
@@ -313,18 +327,34 @@ def _decoded(
         raise DataError("the video holds no frame that can be decoded", where=str(path))
     part = _part(times_s, start_s, end_s, path)
     chosen = [part[i] for i in frame_indices(len(part), wanted, how, rng)]
-    kept = {i: f.to_ndarray(format="rgb24") for i, (_, f) in enumerate(_frames(av, path)) if i in set(chosen)}
+    kept = {i: _upright(f) for i, (_, f) in enumerate(_frames(av, path)) if i in set(chosen)}
     return Clip(np.stack([kept[i] for i in chosen]), tuple(times_s[i] - times_s[0] for i in chosen))
 
 
 def _frames(av: Any, path: str | Path) -> Iterator[tuple[float, Any]]:
     with av.open(str(path)) as container:
-        if not container.streams.video:
-            raise DataError("there is no video in the file", where=str(path))
-        stream = container.streams.video[0]
+        stream = _stream(container, path)
         rate = float(stream.average_rate or 25)
         for number, frame in enumerate(container.decode(stream)):
             yield (number / rate if frame.time is None else float(frame.time)), frame
+
+
+def _stream(container: Any, path: str | Path) -> Any:
+    """The picture stream. Raises DataError where there is none, or a frame of it would take more memory than any
+    camera's."""
+    if not container.streams.video:
+        raise DataError("there is no video in the file", where=str(path))
+    stream = container.streams.video[0]
+    width, height = stream.codec_context.width, stream.codec_context.height
+    if width * height > MAX_PIXELS:
+        raise DataError(f"frames of {width} x {height} pixels are more than the limit of {MAX_PIXELS}", where=str(path))
+    return stream
+
+
+def _upright(frame: Any) -> Pixels:
+    """A frame as it is to be shown: telephones store it lying and note how to turn it."""
+    pixels: Pixels = frame.to_ndarray(format="rgb24")
+    return np.rot90(pixels, round(frame.rotation / 90))
 
 
 def _causes(av: Any) -> tuple[type[Exception], ...]:
@@ -332,5 +362,6 @@ def _causes(av: Any) -> tuple[type[Exception], ...]:
 
 
 def _unreadable(path: str | Path, what: str, exc: Exception) -> DataError:
-    cause = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc).splitlines()[0]
-    return DataError(f"the {what} cannot be read: {cause or type(exc).__name__}", where=str(path))
+    said = str(exc).splitlines()
+    cause = getattr(exc, "strerror", None) or (said[0] if said else type(exc).__name__)
+    return DataError(f"the {what} cannot be read: {cause}", where=str(path))

@@ -15,16 +15,9 @@ import torch
 from torch import Tensor
 
 from thawline.core.rng import derive
-from thawline.data.conversation import (
-    Dialogue,
-    Dialogues,
-    Encoded,
-    Targets,
-    Template,
-    Tokenizer,
-    encode,
-    shuffled,
-)
+from thawline.data.conversation import Dialogue, Dialogues, shuffled
+from thawline.data.conversation_templates import Targets, Template
+from thawline.data.conversation_tokens import Encoded, Tokenizer, encode
 from thawline.data.video import (
     IMAGENET,
     Clip,
@@ -112,6 +105,21 @@ class ChatBatch:
     text_mask: Tensor | None
     weights: Mapping[str, float]
 
+    def rows(self, start: int, stop: int) -> ChatBatch:
+        """The samples from `start` to `stop` with their clips. Instructions keep their padded width."""
+        prompts = self.prompts[start:stop]
+        first = sum(len(p.pieces) - 1 for p in self.prompts[:start])
+        clips = sum(len(p.pieces) - 1 for p in prompts)
+        return replace(
+            self,
+            keys=self.keys[start:stop],
+            clips=self.clips[first : first + clips],
+            prompts=prompts,
+            text_ids=None if self.text_ids is None else self.text_ids[start:stop],
+            text_mask=None if self.text_mask is None else self.text_mask[start:stop],
+            weights=_weights(prompts),
+        )
+
     def to(self, device: Any) -> ChatBatch:
         return replace(
             self,
@@ -192,7 +200,7 @@ class ChatSamples:
         """The sample's tensors and numbers. Raises DataError for a malformed entry, a bad file, or nothing to learn."""
         dialogue = self.dialogues[id]
         rng = np.random.default_rng(derive(self.seed, "clip", epoch, id))
-        clips = [self._clip(dialogue, path, rng) for path in dialogue.media]
+        clips = [read_clip(dialogue, path, self.settings, rng, training=self.training) for path in dialogue.media]
         times = clips[0].times_s if clips and clips[0].times_s and self.settings.say_times else None
         turns = dialogue.turns
         if dialogue.caption:
@@ -216,7 +224,7 @@ class ChatSamples:
             words = tuple(self.instruction_tokenizer.encode(rendered.instruction))
         return ChatSample(
             key=dialogue.key,
-            clips=tuple(self._tensor(clip, rng) for clip in clips),
+            clips=tuple(to_tensor(clip, self.settings, rng, training=self.training) for clip in clips),
             encoded=encoded,
             instruction=words,
             turns=tuple((t.question, t.answer) for t in turns),
@@ -233,23 +241,32 @@ class ChatSamples:
             prompts=tuple(s.encoded for s in samples),
             text_ids=ids,
             text_mask=mask,
-            weights={"utterances": float(len(samples)), "tokens": float(sum(s.encoded.n_learnt for s in samples))},
+            weights=_weights([s.encoded for s in samples]),
         )
 
-    def _clip(self, dialogue: Dialogue, path: str, rng: np.random.Generator) -> Clip:
-        if dialogue.kind == "image":
-            return read_image(path)
-        s = self.settings
-        how: How = s.sampling if self.training else ("uniform" if s.sampling == "random" else s.sampling)
-        return read_video(path, s.frames, how, rng=rng, start_s=dialogue.start_s, end_s=dialogue.end_s)
 
-    def _tensor(self, clip: Clip, rng: np.random.Generator) -> Tensor:
-        s = self.settings
-        if s.max_tiles:
-            return to_tiles(clip.frames, s.size, s.max_tiles, padding=s.tile_padding, normalisation=s.normalisation)
-        height, width = clip.frames.shape[1:3]
-        crop = random_crop(height, width, rng) if self.training and s.augment else None
-        return prepare(clip.frames, s.size, normalisation=s.normalisation, crop=crop)
+def read_clip(
+    dialogue: Dialogue, path: str, settings: ClipSettings, rng: np.random.Generator, *, training: bool
+) -> Clip:
+    """The frames of one of a dialogue's files that are shown: drawn from `rng` in training."""
+    if dialogue.kind == "image":
+        return read_image(path)
+    how = settings.sampling if training or settings.sampling != "random" else "uniform"
+    return read_video(path, settings.frames, how, rng=rng, start_s=dialogue.start_s, end_s=dialogue.end_s)
+
+
+def to_tensor(clip: Clip, settings: ClipSettings, rng: np.random.Generator, *, training: bool) -> Tensor:
+    """The clip as the model sees it, (T, 3, H, W) float32: tiled, cropped at random in training, or whole."""
+    s = settings
+    if s.max_tiles:
+        return to_tiles(clip.frames, s.size, s.max_tiles, padding=s.tile_padding, normalisation=s.normalisation)
+    height, width = clip.frames.shape[1:3]
+    crop = random_crop(height, width, rng) if training and s.augment else None
+    return prepare(clip.frames, s.size, normalisation=s.normalisation, crop=crop)
+
+
+def _weights(prompts: Sequence[Encoded]) -> dict[str, float]:
+    return {"utterances": float(len(prompts)), "tokens": float(sum(p.n_learnt for p in prompts))}
 
 
 def pad_words(rows: Sequence[Sequence[int]], pad_id: int, side: Literal["left", "right"]) -> tuple[Tensor, Tensor]:

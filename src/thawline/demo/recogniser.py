@@ -15,7 +15,8 @@ from thawline.ckpt.store import atomic_dir
 from thawline.core.config import dump_yaml
 from thawline.data.cmvn import cmvn_sums
 from thawline.data.manifest import read_manifest
-from thawline.data.speech import SpeechFrontend, SpeechSamples
+from thawline.data.speech import SpeechSamples
+from thawline.data.speech_frontend import SpeechFrontend
 from thawline.data.text import read_units
 from thawline.demo.voices import RATE_HZ
 

@@ -52,7 +52,8 @@ class AuditReport:
 
     moved_frozen:  parameters (or frozen rows, as `name[rows frozen]`) that changed though they are frozen
     moved_buffers: buffers that changed though they may not
-    unmoved:       parameters that train and did not change
+    unmoved:       parameters that train and did not change, though the plan does not say that they may rest
+    rested:        those of which it does
     vanished, appeared: tensors that only one of the two snapshots has
     stepped:       whether any update took place, as far as can be seen; without one nothing can have moved
     """
@@ -60,6 +61,7 @@ class AuditReport:
     moved_frozen: tuple[str, ...] = ()
     moved_buffers: tuple[str, ...] = ()
     unmoved: tuple[str, ...] = ()
+    rested: tuple[str, ...] = ()
     vanished: tuple[str, ...] = ()
     appeared: tuple[str, ...] = ()
     frozen: int = 0
@@ -95,6 +97,7 @@ class AuditReport:
             moved_frozen=_joined(self.moved_frozen, other.moved_frozen),
             moved_buffers=_joined(self.moved_buffers, other.moved_buffers),
             unmoved=_joined(unmoved),
+            rested=_joined(self.rested, other.rested),
             vanished=_joined(self.vanished, other.vanished),
             appeared=_joined(self.appeared, other.appeared),
             frozen=min(self.frozen, other.frozen),
@@ -111,6 +114,7 @@ class AuditReport:
             "trained": self.trained,
             "buffers": self.buffers,
             **{key.replace(" ", "_"): names for key, names in found.items()},
+            "rested": list(self.rested),
         }
 
     def to_json(self) -> str:
@@ -128,6 +132,8 @@ class AuditReport:
             )
         else:
             lines.append(f"trained parameters  {self.trained:>7}   no update was seen")
+        if self.stepped and self.rested:
+            lines.append(f"    of them         {len(self.rested):>7}   did not move, as the plan lets them (may_rest)")
         lines += [
             f"{what}: {', '.join(names[:_SHOWN])}{' ...' if len(names) > _SHOWN else ''}"
             for what, names in self._findings()
@@ -215,14 +221,16 @@ def audit(
     there = before.parameters.keys() & after.parameters.keys()
     moved_frozen = [n for n in before.parameters if n in there and n not in trained and n not in same]
     moved_frozen += [f"{n}[rows frozen]" for n in partial if before.rows.get(n) != after.rows.get(n)]
-    unmoved = tuple(n for n in before.parameters if n in there and n in trained and n in same)
+    resting = {name for r in phases for name in r.resting}
+    still = [n for n in before.parameters if n in there and n in trained and n in same]
     all_before, all_after = {**before.parameters, **before.buffers}, {**after.parameters, **after.buffers}
     return AuditReport(
         moved_frozen=tuple(moved_frozen),
         moved_buffers=tuple(
             n for n, d in before.buffers.items() if n not in moving and n in after.buffers and after.buffers[n] != d
         ),
-        unmoved=unmoved,
+        unmoved=tuple(n for n in still if n not in resting),
+        rested=tuple(n for n in still if n in resting),
         vanished=tuple(n for n in all_before if n not in all_after),
         appeared=tuple(n for n in all_after if n not in all_before),
         frozen=sum(n not in trained for n in before.parameters),

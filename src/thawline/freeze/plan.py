@@ -285,6 +285,8 @@ class FreezePlan(Strict, metaclass=_Raising):
     """Multipliers of the learning rate, the last match wins."""
     no_decay: Selectors = ()
     """What is kept from weight decay, commonly ["@bias", "@norm"]."""
+    may_rest: Selectors = ()
+    """What trains and may nevertheless stay as it is, since no loss depends on it: the audit lets it."""
     thaw: tuple[Thaw, ...] = ()
     """Phases after the first, in order."""
     lora: Lora | None = None
@@ -377,6 +379,7 @@ class FreezePlan(Strict, metaclass=_Raising):
                 "train": base.train + self.train,
                 "lr": base.lr + self.lr,
                 "no_decay": base.no_decay + self.no_decay,
+                "may_rest": base.may_rest + self.may_rest,
                 "thaw": base.thaw + self.thaw,
             }
         )

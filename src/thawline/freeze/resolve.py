@@ -87,6 +87,7 @@ class Resolution:
     norms:     policy of each normalisation layer that keeps statistics, by path
     overrides: rules that lost tensors to later, opposite ones
     notes:     what a person should know: undecided kinds, ties, rules without effect
+    resting:   first names of the parameters that train and may stay as they are
     """
 
     plan_digest: str
@@ -97,6 +98,7 @@ class Resolution:
     norms: Mapping[str, str]
     overrides: tuple[Override, ...] = ()
     notes: tuple[str, ...] = ()
+    resting: tuple[str, ...] = ()
 
     @cached_property
     def _by_name(self) -> dict[str, Decision]:
@@ -150,6 +152,7 @@ class Resolution:
             "norms": dict(self.norms),
             "overrides": [list(o) for o in self.overrides],
             "notes": list(self.notes),
+            "resting": list(self.resting),
         }
 
     @classmethod
@@ -174,6 +177,7 @@ class Resolution:
             norms=dict(data["norms"]),
             overrides=tuple(Override(*row) for row in data["overrides"]),
             notes=tuple(data["notes"]),
+            resting=tuple(data.get("resting", ())),
         )
 
     def to_json(self) -> str:
@@ -275,6 +279,7 @@ class _Resolver:
         self.refuse_untrainable()
         self.set_rates()
         decays = self.set_decay()
+        resting = self.set_resting()
         policies, tracked, half = self.set_norms()
         decisions = self.decisions(also, decays, tracked)
         if not any(d.trains and not d.is_buffer for d in decisions):
@@ -292,6 +297,7 @@ class _Resolver:
             norms=policies,
             overrides=self.overrides(),
             notes=tuple(dict.fromkeys(self.notes)),
+            resting=resting,
         )
 
     def apply_rules(self) -> None:
@@ -470,6 +476,17 @@ class _Resolver:
                 for i in found.numbers:
                     decays[i] = item.minus
         return decays
+
+    def set_resting(self) -> tuple[str, ...]:
+        """First names of the parameters that train and may stay as they are; says so where there are any."""
+        named: set[int] = set()
+        for k, selector in enumerate(self.plan.may_rest):
+            named.update(self.positive(selector, self.plan.where("may_rest", k) or f"may_rest[{k}]", "may_rest"))
+        numbers = [i for i in sorted(named) if self.on[i] and i < len(self.index.params)]
+        names = dict.fromkeys(self.index.params[i].tied_to or self.index.params[i].name for i in numbers)
+        if names:
+            self.notes.append(f"{len(names)} of the tensors that train may stay as they are ({next(iter(names))} ...)")
+        return tuple(names)
 
     def set_norms(self) -> tuple[dict[str, str], set[int], set[str]]:
         """Policies by norm, the statistics that may adapt though their norm is frozen, and norms that train in part."""

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from thawline.core.config import read_yaml
+from thawline.core.whisper import check_dims, huggingface_values
 from thawline.errors import CheckpointError
 from thawline.models.wenet.config import U2Config, read_config
-from thawline.models.whisper_config import check_dims, huggingface_values
 from thawline.models.whisper_names import Spelling
 
 if TYPE_CHECKING:
@@ -70,13 +70,13 @@ class ModelFiles:
 
 
 def sniff(path: Path) -> ModelFiles:
-    """Recognise a WeNet directory (or one .pt in it), a Hugging Face Whisper directory, or OpenAI's .pt.
+    """Recognise a WeNet directory (or one checkpoint in it), a Hugging Face Whisper directory, or OpenAI's .pt.
 
     Raises CheckpointError: nothing there (with similar names), or nothing recognised (with what was looked for).
     """
     if not path.exists():
         raise CheckpointError("there is no such file or directory", where=str(path), fix=_similar(path))
-    folder = path if path.is_dir() else path.parent
+    folder = home_of(path)
     config = _wenet_config(path, folder)
     if config is not None:
         return _wenet(path, folder, config)
@@ -90,6 +90,11 @@ def sniff(path: Path) -> ModelFiles:
             + (", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"),
         )
     return _openai(path)
+
+
+def home_of(path: Path) -> Path:
+    """The folder that describes the model at `path`: its own, or that of a file or of DeepSpeed's shards (EXP/TAG/)."""
+    return path if path.is_dir() and not any(path.glob("*mp_rank_*_model_states.pt")) else path.parent
 
 
 def build_empty(files: ModelFiles) -> nn.Module:
@@ -118,7 +123,7 @@ def wenet_config(files: ModelFiles) -> U2Config:
 def _wenet_config(path: Path, folder: Path) -> Path | None:
     """train.yaml of the directory, or the sidecar that WeNet writes beside each checkpoint."""
     own = path.with_suffix(".yaml")
-    for candidate in (folder / "train.yaml", own if path.is_file() else folder / "final.yaml"):
+    for candidate in (folder / "train.yaml", own if path != folder else folder / "final.yaml"):
         if candidate.is_file() and path.suffix in ("", ".pt", ".safetensors"):
             return candidate
     return None
@@ -137,7 +142,7 @@ def _wenet(path: Path, folder: Path, config: Path) -> ModelFiles:
     return ModelFiles(
         family="wenet",
         path=path,
-        weights=(path,) if path.is_file() else (_wenet_weights(folder),),
+        weights=(path,) if path != folder else (_wenet_weights(folder),),
         spelling="wenet",
         network="wenet",
         sidecars=sidecars,

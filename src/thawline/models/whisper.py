@@ -11,7 +11,6 @@ import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from thawline.models.decode.hypothesis import Hypothesis
 from thawline.models.decode.options import near
 from thawline.models.wenet.loss import Losses, LossSums, Term, correct, smoothed_divergence_sum
 from thawline.models.wenet.targets import IGNORE, TeacherForcing, teacher_forcing
+from thawline.models.whisper_long import Fallback, keyed
 from thawline.models.whisper_names import LANGUAGES
 
 
@@ -54,10 +54,10 @@ class WhisperSurface:
                 where="chunk_size",
                 fix="leave it out",
             )
-        out = self.model.encoder(self._window(feats, feats_lengths)).last_hidden_state
+        out = self.model.encoder(self.window(feats, feats_lengths)).last_hidden_state
         return out, (feats_lengths + 1) // 2
 
-    def _window(self, feats: Tensor, feats_lengths: Tensor) -> Tensor:
+    def window(self, feats: Tensor, feats_lengths: Tensor) -> Tensor:
         """(B, T, bins) -> (B, bins, 3000): frames past a length become the log-mel of silence."""
         window = 2 * int(self.config.max_source_positions)
         if feats.size(1) > window:
@@ -168,7 +168,7 @@ class WhisperSurface:
             raise RecipeError("Whisper knows full context only", where="chunk_size", fix="leave it out")
         read = self.teacher_forcing(target, target_lengths, languages, tasks)
         hidden = self.model(
-            self._window(feats, feats_lengths), decoder_input_ids=read.inputs, use_cache=False
+            self.window(feats, feats_lengths), decoder_input_ids=read.inputs, use_cache=False
         ).last_hidden_state
         logits = self.proj_out(hidden)
         total = smoothed_divergence_sum(logits, read.outputs, self.label_smoothing)
@@ -224,6 +224,7 @@ class WhisperSurface:
         timestamps: bool = False,
         max_tokens: int | None = None,
         length_penalty: float = 1.0,
+        fallback: Fallback | None = None,
         **unknown: Any,
     ) -> list[Hypothesis]:
         """feats (B, T, bins) of at most 30 s -> one hypothesis per utterance, through transformers' `generate`.
@@ -231,19 +232,19 @@ class WhisperSurface:
         beam 1 is greedy. languages None: each is detected; tasks: one for the whole batch. prompt_tokens: text that
         came before, as tokens. With timestamps the tokens contain Whisper's time tokens. score: ln probability of the
         tokens and the end under the model itself, before tokens are suppressed. Suppressed tokens are those of
-        generation_config.json.
+        generation_config.json. fallback: see there; what is taken for silence then has no tokens.
         """
-        known = ["mode", "beam", "languages", "tasks", "prompt_tokens", "timestamps", "max_tokens", "length_penalty"]
+        known = [
+            "mode", "beam", "languages", "tasks", "prompt_tokens", "timestamps", "max_tokens", "length_penalty",
+            "fallback",
+        ]  # fmt: skip
         for name in unknown:
             raise RecipeError(f"unknown decoding option {name!r}", where="decode", fix=near(name, known))
         if mode != "attention":
             raise RecipeError(
                 f"Whisper is decoded by its decoder alone, not by {mode!r}", where="mode", fix="use attention"
             )
-        if beam < 1:
-            raise RecipeError(f"a beam of {beam} keeps nothing", where="beam", fix="use 1 or more")
-        self._refuse_without_special_tokens()
-        settings: dict[str, Any] = {"num_beams": beam, "return_timestamps": timestamps}
+        settings = self.search_settings(beam, length_penalty) | {"return_timestamps": timestamps}
         if self.is_multilingual:
             self.prompt(feats.size(0), feats.device, languages, tasks)  # refuses unknown names
             kinds = set(tasks or ("transcribe",))
@@ -256,24 +257,59 @@ class WhisperSurface:
             settings["prompt_ids"] = prompt_tokens
         if max_tokens is not None:
             settings["max_new_tokens"] = max_tokens
-        if beam > 1:
-            # Stop once `beam` hypotheses have ended, as OpenAI does; the default goes on to 448 tokens for one that
-            # never ends.
-            settings |= {
-                "length_penalty": length_penalty,
-                "early_stopping": True,
-            }
-        window = self._window(feats, feats_lengths)
-        with self._generating():
+        window = self.window(feats, feats_lengths)
+        with self.generating():
             memory = self.model.encoder(window)
-            mask = torch.ones(window.size(0), window.size(2), dtype=torch.long, device=window.device)
-            ids = self.generate(
-                encoder_outputs=memory, attention_mask=mask, force_unique_generate_call=True, **settings
-            )
+            if fallback is None:
+                mask = torch.ones(window.size(0), window.size(2), dtype=torch.long, device=window.device)
+                ids = self.generate(
+                    encoder_outputs=memory, attention_mask=mask, force_unique_generate_call=True, **settings
+                )
+            else:
+                ids = self._decided(window, settings, fallback)
             return self._hypotheses(memory.last_hidden_state, ids)
 
+    def _decided(self, window: Tensor, settings: dict[str, Any], fallback: Fallback) -> Tensor:
+        """Prompt, tokens and end of each row of window (B, bins, 3000). One row at a time: what is drawn for one may
+        not depend on the others."""
+        languages = settings.pop("language", None)
+        if self.is_multilingual and languages is None:
+            frames = torch.full((window.size(0),), window.size(2), device=window.device)
+            languages = self.language(window.transpose(1, 2), frames)
+        before = settings.get("prompt_ids", torch.zeros(0, dtype=torch.long)).to(window.device)
+        prompt = self.prompt(window.size(0), window.device, languages, [settings.get("task", "")] * window.size(0))
+        end = torch.tensor([int(self.generation_config.eos_token_id)], device=window.device)
+        rows: list[Tensor] = []
+        for n in range(window.size(0)):
+            named = {} if languages is None else {"language": languages[n]}
+            with keyed(window.device):
+                found = self.generate(
+                    window[n : n + 1],
+                    attention_mask=torch.ones_like(window[n : n + 1, 0], dtype=torch.long),
+                    return_segments=True,  # a window of silence has none; a single call of `generate` would fail on it
+                    **settings,
+                    **named,
+                    **fallback.settings(),
+                )
+            said = [segment["tokens"].to(window.device) for segment in found["segments"][0]]
+            marks = prompt[n, :-1] if settings["return_timestamps"] else prompt[n]
+            row = torch.cat([before, marks, *said, end])
+            rows.append(row[: int(self.config.max_target_positions)])  # a text as long as that has not ended
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=int(end))
+
+    def search_settings(self, beam: int, length_penalty: float) -> dict[str, Any]:
+        """What transformers' `generate` is told of the search. Raises RecipeError for one that keeps nothing."""
+        if beam < 1:
+            raise RecipeError(f"a beam of {beam} keeps nothing", where="beam", fix="use 1 or more")
+        self._refuse_without_special_tokens()
+        if beam == 1:
+            return {"num_beams": 1}
+        # Stop once `beam` hypotheses have ended, as OpenAI does; the default goes on to 448 tokens for one that never
+        # ends.
+        return {"num_beams": beam, "length_penalty": length_penalty, "early_stopping": True}
+
     @contextmanager
-    def _generating(self) -> Iterator[None]:
+    def generating(self) -> Iterator[None]:
         """Eval mode, and without a warning that transformers' Whisper provokes in transformers' own `generate`."""
         network: Any = self
         was_training = bool(network.training)
@@ -293,8 +329,8 @@ class WhisperSurface:
         if not self.is_multilingual:
             return ["en"] * feats.size(0)
         window = 2 * int(self.config.max_source_positions)
-        with self._generating():
-            memory = self.model.encoder(self._window(feats[:, :window], feats_lengths.clamp(max=window)))
+        with self.generating():
+            memory = self.model.encoder(self.window(feats[:, :window], feats_lengths.clamp(max=window)))
             start = int(self.generation_config.decoder_start_token_id)
             hidden = self.model.decoder(
                 input_ids=torch.full((feats.size(0), 1), start, device=feats.device),
@@ -305,50 +341,6 @@ class WhisperSurface:
             ids = sorted(known)
             best = self.proj_out(hidden)[:, 0, ids].argmax(-1).tolist()
         return [known[ids[i]] for i in best]
-
-    @torch.no_grad()
-    def decode_long(
-        self,
-        feats: Tensor,
-        *,
-        beam: int = 1,
-        language: str = "en",
-        task: str = "transcribe",
-        prompt_tokens: Tensor | None = None,
-        length_penalty: float = 1.0,
-    ) -> list[TimedTokens]:
-        """feats (T, bins) of any length -> what was said, in segments with times.
-
-        transformers' long form: a window of 30 s is decoded with time marks, and the next window begins at the last
-        mark (Radford 2022, section 3.8). Nothing is decoded twice at other temperatures.
-        """
-        self._refuse_without_special_tokens()
-        settings: dict[str, Any] = {"num_beams": beam, "return_timestamps": True, "return_segments": True}
-        if beam > 1:
-            settings |= {"length_penalty": length_penalty, "early_stopping": True}
-        if self.is_multilingual:
-            self.prompt(1, feats.device, [language], [task])  # refuses unknown names
-            settings |= {"language": language, "task": task}
-        if prompt_tokens is not None:
-            settings["prompt_ids"] = prompt_tokens
-        window = 2 * int(self.config.max_source_positions)
-        lengths = torch.tensor([feats.size(0)], device=feats.device)
-        if feats.size(0) <= window:
-            whole = self._window(feats[None], lengths)
-        else:
-            dtype = next(iter(self.model.encoder.parameters())).dtype
-            whole = feats.T[None].to(dtype)
-        mask = torch.ones(1, whole.size(2), dtype=torch.long, device=whole.device)
-        with self._generating():
-            found = self.generate(whole, attention_mask=mask, **settings)
-        first_time = int(self.generation_config.no_timestamps_token_id) + 1
-        end = feats.size(0) / 100.0
-        segments = []
-        for segment in found["segments"][0]:
-            tokens = tuple(int(t) for t in segment["tokens"] if int(t) < first_time)
-            start_s, end_s = float(segment["start"]), float(segment["end"])
-            segments.append(TimedTokens(start_s, min(max(end_s, start_s), max(end, start_s)), tokens))
-        return segments
 
     def _hypotheses(self, memory: Tensor, ids: Tensor) -> list[Hypothesis]:
         """memory (B, 1500, size) of the encoder, ids (B, prompt + text + padding) -> scored hypotheses."""
@@ -383,15 +375,6 @@ class WhisperSurface:
                 )
             )
         return out
-
-
-@dataclass(frozen=True, slots=True)
-class TimedTokens:
-    """A segment of a long recording: seconds from its begin, and text tokens (special ones above the end included)."""
-
-    start_s: float
-    end_s: float
-    tokens: tuple[int, ...]
 
 
 def _not_about_itself(record: logging.LogRecord) -> bool:

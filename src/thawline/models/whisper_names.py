@@ -11,13 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-_LANGUAGES = """
-    en zh de es ru ko fr ja pt tr pl ca nl ar sv it id hi fi vi he uk el ms cs ro da hu ta no th ur hr bg lt la mi ml
-    cy sk te fa lv bn sr az sl kn et mk br eu is hy ne mn bs kk sq sw gl mr pa si km sn yo so af oc ka be tg sd gu am
-    yi lo uz fo ht ps tk nn mt sa lb my bo tl mg as tt haw ln ha ba jw su yue
-"""
-LANGUAGES: tuple[str, ...] = tuple(_LANGUAGES.split())
-"""Whisper's languages in the order of their tokens: the token of LANGUAGES[i] is start-of-transcript + 1 + i."""
+from thawline.core.whisper import LANGUAGES as LANGUAGES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from torch import nn
 
 from thawline.data.manifest import read_manifest
 from thawline.data.speech import SpeechBatch, SpeechSamples
+from thawline.data.targets import what_is_not_learnt
 from thawline.data.text import Tokenizer
 from thawline.freeze.lora import has_adapters, merged_copy
 from thawline.tasks.loading import draw, load, locate
@@ -33,7 +34,8 @@ class SpeechTask:
         self.options = SpeechOptions()
         self.home: SpeechHome | None = None
         self.notes: tuple[str, ...] = ()
-        """What building the base did beyond copying tensors: new heads, changed units. One sentence each."""
+        """What building the base did beyond copying tensors (new heads, changed units), and what of the transcripts
+        cannot be learnt. One sentence each."""
 
     def complete(self, recipe: Recipe) -> Recipe:
         """The recipe with absolute paths for the files that `options` name, so that a run's copy of it finds them."""
@@ -62,7 +64,10 @@ class SpeechTask:
         home = self._home()
         training = split == "train"
         manifest = read_manifest(recipe.path("data", split))
-        return SpeechSamples(manifest, home.frontend(recipe.data.conf), home.tokenizer(), training=training)
+        found = SpeechSamples(manifest, home.frontend(recipe.data.conf), home.tokenizer(), training=training)
+        if training:
+            self.notes = (*self.notes, *what_is_not_learnt(found, encoder_frames=home.encoder_frames))
+        return found
 
     def weights(self, model: Any, batch: SpeechBatch) -> Mapping[str, float]:
         weights: Mapping[str, float] = model.loss_weights(batch.target_lengths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from thawline.ckpt.diff import Diff, diff
 from thawline.ckpt.source import open_source
 from thawline.ckpt.tensors import SourceTensors
+from thawline.ckpt.transfer import fetched
 
 _WIDENED = {"F16", "BF16"}
 
@@ -42,11 +44,14 @@ class Comparison:
         return "\n".join(lines)
 
 
-def compare(a: Path, b: Path, *, base: Path | None = None) -> Comparison:
-    """Compare two checkpoints, runs or model directories tensor by tensor, bitwise."""
+def compare(a: Path | str, b: Path | str, *, base: Path | str | None = None) -> Comparison:
+    """Compare two checkpoints, runs or model directories tensor by tensor, bitwise. All may be URLs."""
     with (
-        open_source(a, base=base if _needs(a) else None) as one,
-        open_source(b, base=base if _needs(b) else None) as two,
+        fetched(a) as first,
+        fetched(b) as second,
+        nullcontext() if base is None else fetched(base) as under,
+        open_source(first, base=under if _needs(first) else None) as one,
+        open_source(second, base=under if _needs(second) else None) as two,
     ):
         widened = tuple(
             name

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from thawline.core.config import read_yaml
+from thawline.tasks.videochat_alignment_home import is_alignment
 from thawline.tasks.videochat_home import recognises
 from thawline.tasks.vision_home import describes
 from thawline.train.rundir import RunDirectory
 
 
 def kind_of(path: Path | str) -> str:
-    """The task (`speech`, `vision`, `videochat`) of a run directory, a checkpoint in one, or a model directory.
+    """The task (a name in `runs.TASKS`) of a run directory, a checkpoint in one, or a model directory.
 
     A run says so in its recipe. What is not recognised counts as speech, whose loader says best what is wrong.
     """
@@ -22,6 +23,8 @@ def kind_of(path: Path | str) -> str:
             data = read_yaml(recipe).data
             if isinstance(data, dict) and "task" in data:
                 return str(data["task"])
+    if is_alignment(path):
+        return "videochat_stage1"
     if recognises(path):
         return "videochat"
     return "vision" if path.is_dir() and describes(path) else "speech"

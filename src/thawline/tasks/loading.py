@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
-from thawline.ckpt.delta import BaseRef, Delta, check_base, lay_over, read_delta
+from thawline.ckpt.delta import BaseRef, Delta, read_delta
 from thawline.ckpt.formats.thawline_run import is_delta
-from thawline.ckpt.load import load_strict_, read_checkpoint, read_newest
+from thawline.ckpt.load import read_checkpoint, read_newest
+from thawline.ckpt.transfer import fetched
 from thawline.core.config import near_names, read_yaml
+from thawline.core.index import is_adapter
 from thawline.errors import CheckpointError
 from thawline.models.wenet.cmvn import read_cmvn
 from thawline.models.wenet.config import read_config
 from thawline.models.wenet.model import build
 from thawline.tasks.speech_weights import load_recogniser, remember_
 from thawline.tasks.speech_weights import widened as widened
-from thawline.train.law import shape_
 from thawline.train.recipe import read_recipe
 from thawline.train.rundir import RunDirectory
 
@@ -78,9 +80,14 @@ def load(path: Path | str, base: Path | str | None = None) -> nn.Module:
     directory, OpenAI's Whisper .pt, a run directory, a checkpoint or a delta (with `base`, unless the base is still
     where it was), a WeNet LoRA file (with the `base` it was trained from), VideoChat2's parts (see `videochat_home`).
 
-    Every tensor is accounted for. Raises CheckpointError naming what is missing, unexpected or damaged, BaseMismatch
-    (exit code 4) where a delta is put over another base than its own.
+    Both may be URLs (s3://...). Every tensor is accounted for. Raises CheckpointError naming what is missing,
+    unexpected or damaged, BaseMismatch (exit code 4) where a delta is put over another base than its own.
     """
+    with fetched(path) as here, nullcontext() if base is None else fetched(base) as under:
+        return _load(here, under)
+
+
+def _load(path: Path, base: Path | None) -> nn.Module:
     from thawline.tasks import kinds, vision_classifier  # both stand on this module
 
     if kinds.kind_of(path) == "vision":
@@ -89,7 +96,7 @@ def load(path: Path | str, base: Path | str | None = None) -> nn.Module:
 
     chat, under = Path(path), None if base is None else Path(base)
     if videochat_loading.is_meant(chat, under):
-        return videochat_loading.open_chat(chat, under)[0].model
+        return videochat_loading.load_model(chat, under)
     return load_located(locate(path, base))
 
 
@@ -118,36 +125,31 @@ def load_located(place: Location) -> nn.Module:
     if delta is None:
         return load_recogniser(place.home, weights=place.weights, base=place.base)
     assert place.base is not None
+    if any(is_adapter(name) for name in delta.tensors):
+        raise CheckpointError(
+            "it holds LoRA adapters, and what they are scaled by is in the recipe of its run",
+            where=str(place.weights),
+            fix="give the run's folder or its checkpoint there; thawline export RUN makes a model that stands alone",
+        )
+    from thawline.tasks.restoring import restore_
+
     model = load(place.base)
-    _restore_(model, delta, BaseRef.of(model, path=str(place.base)), source=str(place.weights))
+    restore_(model, delta, BaseRef.of(model, path=str(place.base)), source=str(place.weights))
     return model.eval()
 
 
 def _of_run(place: Location, run: Path) -> nn.Module:
-    """What the run's task builds from the base, shaped by its plan, with a checkpoint's tensors over it."""
-    from thawline.tasks.runs import task_of  # a task may itself load its base by this module
+    from thawline.tasks.restoring import restored  # a task may itself load its base by this module
 
     assert place.base is not None
-    recipe = read_recipe(run / "recipe.yaml", {"model": str(place.base)})
     notes: list[str] = []
     if place.weights == run:
         checkpoint = read_newest(RunDirectory(run).checkpoints, report=notes.append)
     else:
         checkpoint = read_checkpoint(place.weights)
-    model = task_of(recipe).build(recipe)
-    before = BaseRef.of(model, path=str(place.base))
-    check_base(checkpoint.base, before, source=str(checkpoint.path))
-    shape_(model, recipe.plan, seed=recipe.run.seed)
-    _restore_(model, checkpoint.difference, before, source=str(checkpoint.path))
+    _, model = restored(run, place.base, checkpoint)
     remember_(model, notes)
-    return model.eval()
-
-
-def _restore_(model: nn.Module, delta: Delta, before: BaseRef, *, source: str) -> None:
-    """Lay a delta over the base that it was made from; what the plan made anew and never trained stays as drawn."""
-    check_base(delta.base, before, source=source)
-    drawn = frozenset(name for name in model.state_dict() if name not in before.digests)
-    load_strict_(model, lay_over(model.state_dict(), delta, as_shaped=drawn, source=source), source=source)
+    return model
 
 
 def _delta_of(weights: Path) -> Delta | None:

@@ -22,6 +22,7 @@ from thawline.freeze.apply import apply_
 from thawline.freeze.memory import MemoryEstimate, estimate
 from thawline.freeze.plan import FreezePlan
 from thawline.freeze.resolve import Resolution, resolve_all
+from thawline.models.recompute import recompute_
 from thawline.tasks.runs import open_recipe
 from thawline.train.law import shape_
 from thawline.train.recipe import Recipe
@@ -130,6 +131,8 @@ def _of_recipe(recipe: Recipe, task: Task) -> Preview:
     model = task.build(recipe)
     phases = shape_(model, recipe.plan, seed=recipe.run.seed)
     apply_(model, phases[0])
+    if recipe.run.recompute:
+        recompute_(model)
     momentum = recipe.optim.momentum if recipe.optim.name == "sgd" else 0.0
     memory = tuple(estimate(r, optimizer=recipe.optim.name, momentum=momentum) for r in phases)
     notes = tuple(getattr(task, "notes", ()))

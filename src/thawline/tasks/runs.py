@@ -6,12 +6,15 @@ import importlib
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from thawline.ckpt.load import checkpoints, newest_whole, read_checkpoint
-from thawline.ckpt.store import atomic_dir
+from thawline.ckpt.load import Checkpoint, checkpoints, newest_whole, read_checkpoint
+from thawline.ckpt.mirror import bring_run
+from thawline.ckpt.remote import is_url, local_path
+from thawline.ckpt.store import atomic_dir, link
 from thawline.core.config import near_names
+from thawline.core.digest import digest_tensor
 from thawline.errors import CheckpointError, LawBroken, RecipeError
 from thawline.train.loop import Run
 from thawline.train.loop import train as run_loop
@@ -24,6 +27,7 @@ TASKS = {
     "speech": "thawline.tasks.asr:SpeechTask",
     "vision": "thawline.tasks.vision:VisionTask",
     "videochat": "thawline.tasks.videochat:VideoChatTask",
+    "videochat_stage1": "thawline.tasks.videochat_alignment:AlignmentTask",
 }
 """Name in a recipe -> module:class. Imported when a recipe asks for it."""
 
@@ -76,20 +80,33 @@ def resume(
 ) -> Run:
     """Go on with the run in `directory`, from its newest whole checkpoint or from that of `step`.
 
-    fork:   go on in this new folder instead, and leave the run as it is
+    directory: or the URL that a run was mirrored to (`run.checkpoint.mirror`), to go on with it here, in runs/NAME
+    fork:   go on in this new folder instead, and leave the run (and what it is mirrored to) as it is
     verify: first repeat (in a copy) the last so many recorded steps and compare bits; LawBroken names the first
             that differs
     """
-    files = _begun(directory)
+    if is_url(directory):
+        here = Path("runs") / PurePosixPath(str(directory)).name if fork is None else Path(fork)
+        files, step = _begun(bring_run(str(directory), here.absolute(), step=step)), None
+    else:
+        files = _begun(local_path(directory))
     if verify:
         repeated = repeat_steps(files.path, verify, step=step)
         if monitor is not None:
             monitor.note(f"repeated the last {repeated} recorded steps: the same bits")
-    if fork is not None:
+    if fork is not None and not is_url(directory):
         branch(files, RunDirectory(Path(fork).absolute()), step=step)
         files, step = RunDirectory(Path(fork).absolute()), None
     value, task = open_recipe(files.recipe, overrides)
+    if fork is not None and value.run.checkpoint.mirror == read_recipe(files.recipe).run.checkpoint.mirror:
+        value = _unmirrored(value)
     return run_loop(value, task, files.path, monitor=monitor, allow=allow, from_step=step)
+
+
+def _unmirrored(recipe: Recipe) -> Recipe:
+    """The recipe of a fork: two runs must not send their checkpoints to one place."""
+    checkpoint = recipe.run.checkpoint.model_copy(update={"mirror": None})
+    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"checkpoint": checkpoint})})
 
 
 def branch(files: RunDirectory, target: RunDirectory, *, step: int | None = None) -> int:
@@ -103,9 +120,14 @@ def branch(files: RunDirectory, target: RunDirectory, *, step: int | None = None
         for file in (files.recipe, files.base, files.metrics):
             if file.exists():
                 shutil.copyfile(file, folder / file.name)
-        shutil.copytree(source, folder / "checkpoints" / source.name)
+        shutil.copytree(source, folder / "checkpoints" / source.name, copy_function=_link_or_copy)
     target.event("forked", step=taken, of=str(files.path))
     return taken
+
+
+def _link_or_copy(old: str, new: str) -> None:
+    if not link(Path(old), Path(new)):
+        shutil.copyfile(old, new)
 
 
 def repeat_steps(directory: str | Path, steps: int, *, step: int | None = None) -> int:
@@ -139,17 +161,28 @@ def repeat_steps(directory: str | Path, steps: int, *, step: int | None = None) 
                 )
         if len(recorded) != len(repeated):
             raise LawBroken(f"{len(recorded)} rows were recorded, {len(repeated)} came out", where=str(files.metrics))
-        mine, other = (read_checkpoint(d.checkpoints / f"step-{end:08d}").difference for d in (files, copy))
-        differing = sorted(n for n, digest in mine.digests.items() if other.digests.get(n) != digest)
+        mine, other = (_digests(read_checkpoint(d.checkpoints / f"step-{end:08d}")) for d in (files, copy))
+        differing = sorted(n for n in mine.keys() | other.keys() if mine.get(n) != other.get(n))
         if differing:
             raise LawBroken(f"{len(differing)} tensors come out otherwise: {', '.join(differing[:5])}")
     return end - start
 
 
+def _digests(checkpoint: Checkpoint) -> dict[str, str]:
+    """Digests of weights, of the optimizer's state and of averages, by name."""
+    parts = {"optimizer": checkpoint.optimizer, "ema": checkpoint.ema}
+    beside = {f"{part}/{name}": digest_tensor(t) for part, tensors in parts.items() for name, t in tensors.items()}
+    return {**checkpoint.difference.digests, **beside}
+
+
 def _begun(directory: str | Path) -> RunDirectory:
     files = RunDirectory(Path(directory).absolute())
     if not files.begun:
+        wenets = (files.path / "train.yaml").is_file()
         raise RecipeError(
-            f"{str(directory)!r} is not a run directory", fix="it would hold recipe.yaml; begin one with thawline train"
+            f"{str(directory)!r} is not a run directory",
+            fix=f"a WeNet training goes on by `thawline init {directory} --continue` and training the recipe it writes"
+            if wenets
+            else "it would hold recipe.yaml; begin one with thawline train",
         )
     return files

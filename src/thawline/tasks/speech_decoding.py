@@ -14,6 +14,7 @@ from thawline.errors import RecipeError
 from thawline.models.decode.context import ContextGraph
 from thawline.models.decode.hypothesis import Hypothesis
 from thawline.models.wenet.model import U2Model
+from thawline.models.whisper_long import Fallback
 from thawline.tasks.speech_options import SpeechOptions
 
 _PREFIXES = ("ctc_prefix_beam_search", "attention_rescoring")
@@ -42,7 +43,7 @@ def settings_of(
             where="mode",
             fix="attention, or convert it: thawline convert SRC DST --to hf",
         )
-    for name in ("prompt",):
+    for name in ("prompt", "fallback"):
         if getattr(options, name):
             raise RecipeError(f"{name} is for Whisper alone", where=name, fix="leave it out")
     settings: dict[str, Any] = {
@@ -109,6 +110,13 @@ def prompt_ids(options: SpeechOptions, tokenizer: Tokenizer | None) -> torch.Ten
     return torch.tensor([identify("<|startofprev|>"), *tokenizer.encode(" " + options.prompt.strip())])
 
 
+def fallback_of(options: SpeechOptions) -> Fallback | None:
+    """When a Whisper tries a window again; None: never."""
+    if not options.fallback:
+        return None
+    return Fallback(compression_ratio=options.compression_ratio, log_prob=options.log_prob, no_speech=options.no_speech)
+
+
 def _whisper_settings(
     model: Any, options: SpeechOptions, tokenizer: Tokenizer | None, mode: str, beam: int, prompted: Sequence[str]
 ) -> dict[str, Any]:
@@ -118,7 +126,12 @@ def _whisper_settings(
     for name in ("ctc_weight", "reverse_weight", "blank_penalty", "chunk_size", "left_chunks", "streaming", "hotwords"):
         if getattr(options, name) != getattr(ours, name):
             raise RecipeError(f"{name} means nothing to Whisper", where=name, fix="leave it out")
-    settings: dict[str, Any] = {"mode": "attention", "beam": beam, "prompt_tokens": prompt_ids(options, tokenizer)}
+    settings: dict[str, Any] = {
+        "mode": "attention",
+        "beam": beam,
+        "prompt_tokens": prompt_ids(options, tokenizer),
+        "fallback": fallback_of(options),
+    }
     if options.length_penalty:
         settings["length_penalty"] = options.length_penalty
     if model.is_multilingual:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from torch import nn
 
 from thawline.ckpt.formats.wenet import SIDECARS as WENET_SIDECARS
 from thawline.core.config import Document, bind, dump_yaml, read_yaml
-from thawline.data.speech import SpeechFrontend
+from thawline.core.whisper import huggingface_values
+from thawline.data.speech_frontend import SpeechFrontend
 from thawline.data.text import Tokenizer, open_tokenizer
 from thawline.errors import CheckpointError, DataError
 from thawline.models import family
+from thawline.models.wenet.config import read_config
 from thawline.models.wenet.vocabulary import resized_values
-from thawline.models.whisper_config import huggingface_values
 from thawline.tasks.speech_vocabulary import NewUnits, change_vocabulary_
 
 _HF_SIDECARS = (
@@ -63,8 +64,8 @@ class SpeechHome:
     @classmethod
     def of(cls, path: Path, *, tokenizer: Path | None = None) -> SpeechHome:
         """Tell what `path` is. Raises CheckpointError, naming what was looked for, where it is none of the kinds."""
-        folder = path if path.is_dir() else path.parent
-        for config in (folder / "train.yaml", path.with_suffix(".yaml") if path.is_file() else folder / "final.yaml"):
+        folder = family.home_of(path)
+        for config in (folder / "train.yaml", path.with_suffix(".yaml") if path != folder else folder / "final.yaml"):
             if config.is_file():
                 return cls(folder, "wenet", read_yaml(config).data, tokenizer)
         if (folder / "config.json").is_file():
@@ -104,6 +105,14 @@ class SpeechHome:
                 fix="copy a Whisper's tokenizer.json there, or say where one is (--tokenizer, options.tokenizer)",
             )
         return open_tokenizer(kind, conf, self.path)
+
+    @property
+    def encoder_frames(self) -> Callable[[int], int] | None:
+        """How many frames the encoder gives for so many of features; None where no CTC is trained over them."""
+        if self.kind != "wenet":
+            return None
+        config = read_config(self.values, where=f"{self.path.name}: train.yaml")
+        return config.encoder_frames if config.ctc_weight > 0 else None
 
     def with_units_(self, model: nn.Module, units: Path, *, seed: int) -> SpeechHome:
         """Give `model` the units of a file; the home that belongs to it then. See `change_vocabulary_`."""

@@ -23,6 +23,15 @@ class SpeechOptions(Strict):
     """What a Whisper does: write what it hears, or translate it into English."""
     prompt: str = ""
     """Whisper: words that came before, e.g. names and their spelling."""
+    fallback: bool = False
+    """Whisper: decode again by drawing at temperatures from 0.2 to 1.0 what repeats itself or is improbable, and leave
+    out what is silence. Draws are keyed: the same recording gives the same text."""
+    compression_ratio: float = Field(default=1.35, gt=0)
+    """fallback: what zlib makes smaller than by this factor repeats itself (of token ids; transformers' measure)."""
+    log_prob: float = -1.0
+    """fallback: what has less than this, in ln per token, is improbable."""
+    no_speech: float = Field(default=0.6, ge=0, le=1)
+    """fallback: the probability from which an improbable window is silence."""
     normalizer: Normalizer = "none"
     """How texts are made comparable before scoring: none, basic or english."""
     mode: Mode = ""

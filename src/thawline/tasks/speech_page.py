@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from thawline.data.audio import decode
-from thawline.data.manifest import TarRef, Utterance, pipe_command
+from thawline.data.utterance import TarRef, Utterance, pipe_command
 from thawline.errors import DataError
 from thawline.tasks.scoring import Normalizer, alignment, confusions, normalizer
 

@@ -8,13 +8,16 @@ from typing import Any
 
 from thawline.core.config import dump_yaml, read_yaml
 from thawline.errors import RecipeError
+from thawline.tasks.foreign import WenetRun
+from thawline.tasks.videochat_starter import is_video_chat, videochat_recipe
+from thawline.tasks.vision_starter import is_classifier, vision_recipe
 
 _TEMPLATE = """\
 # thawline plan {name}     shows what this would train
 # thawline train {name}    trains it; the same command goes on after a stop
-task: speech
+{terms}task: speech
 model: {model}             # a WeNet directory, a Hugging Face Whisper directory, or a run directory
-data:
+{start}data:
   train: {train}           # data.list, Kaldi folder, metadata.csv, Common Voice tsv, or a folder of audio and .txt
   valid: {valid}
   batch: {batch}           # {{size: 8}} utterances, or {{frames: 12000}} padded frames of 10 ms
@@ -27,12 +30,12 @@ optim:
   name: {optim}
   lr: {lr}
   weight_decay: {weight_decay}
-  clip: {clip}
+{moments}  clip: {clip}
   schedule: {schedule}
 run:
   epochs: {epochs}
   seed: 7
-  precision: fp32
+  precision: {precision}
   accumulate: {accumulate}
   workers: 2
   checkpoint: {{every: 500 steps, keep: 3, best: valid/wer}}
@@ -42,14 +45,21 @@ run:
 def starter_recipe(model: Path, *, train: str, valid: str, name: str) -> str:
     """The text of a recipe for `model`. A WeNet directory's train.yaml gives its data, optimizer and schedule settings.
 
-    Raises RecipeError where `model` is neither a WeNet nor a Hugging Face directory.
+    Raises RecipeError where `model` is neither a WeNet nor a Hugging Face directory, no image classifier, and nothing
+    of VideoChat2.
     """
+    if is_video_chat(model):
+        return videochat_recipe(model, train=train, valid=valid, name=name)
+    if is_classifier(model):
+        return vision_recipe(model, train=train, valid=valid, name=name)
     if (model / "train.yaml").is_file():
         return _wenet(model, train=train, valid=valid, name=name)
     if (model / "config.json").is_file():
         return _TEMPLATE.format(
             name=name,
+            terms="",
             model=model,
+            start="",
             train=train,
             valid=valid,
             batch="{size: 8}",
@@ -59,6 +69,8 @@ def starter_recipe(model: Path, *, train: str, valid: str, name: str) -> str:
             optim="adamw",
             lr="1.0e-5",
             weight_decay="0.01",
+            moments="",
+            precision="fp32",
             epochs=3,
             clip="1.0",
             schedule="{name: cosine, warmup: 100 steps}",
@@ -74,31 +86,51 @@ def starter_recipe(model: Path, *, train: str, valid: str, name: str) -> str:
 _RATES = '  # lr: {{"{first}.**": 0.1}}   # multiples of optim.lr\n'
 
 
+def continuing_recipe(run: WenetRun, *, train: str, valid: str, name: str) -> str:
+    """The text of a recipe that goes on with a WeNet training: its settings, its counters, everything trains."""
+    start = f"step: {run.step}" + ("" if run.epoch is None else f", epoch: {run.epoch}")
+    start += "" if run.moments is None else f', optimizer: "{run.moments}"'
+    values = _wenet_values(run.settings) | {
+        "terms": "".join(f"# {term}\n" for term in run.terms()),
+        "start": f"start: {{{start}}}\n",
+        "train_names": '["**"]',
+        "epochs": max(int(run.settings["max_epoch"]), (run.epoch or 0) + 1),
+    }
+    return _TEMPLATE.format(name=name, model=run.weights, train=train, valid=valid, **values)
+
+
 def _wenet(model: Path, *, train: str, valid: str, name: str) -> str:
     settings: Any = read_yaml(model / "train.yaml").data
+    values = _wenet_values(settings)
+    values["rates"] = values["rates"] or _RATES.format(first="decoder")
+    return _TEMPLATE.format(name=name, model=model, train=train, valid=valid, **values)
+
+
+def _wenet_values(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a train.yaml says, as the template has it."""
     dataset = dict(settings.get("dataset_conf") or {})
     batch = dataset.pop("batch_conf", None) or {}
     kept = {k: v for k, v in dataset.items() if k not in _NOT_KEPT}
     optim = dict(settings.get("optim_conf") or {})
     rate, rates = _rates(optim)
-    return _TEMPLATE.format(
-        name=name,
-        model=model,
-        train=train,
-        valid=valid,
-        batch=_batch(batch),
-        conf="".join(f"  {line}\n" for line in dump_yaml({"conf": kept}).splitlines()) if kept else "",
-        train_names="[ctc, decoder]",
-        rates=rates or _RATES.format(first="decoder"),
-        optim=settings.get("optim") if settings.get("optim") in ("adam", "adamw") else "adamw",
-        lr=rate,
-        weight_decay=optim.get("weight_decay", 0.01 if settings.get("optim") == "adamw" else 0.0),
-        clip=settings.get("grad_clip", 5),
-        schedule=_schedule(settings),
-        epochs=min(int(settings.get("max_epoch", 3)), 3),
-        accumulate=settings.get("accum_grad", 1),
-        options="",
-    )
+    return {
+        "terms": "",
+        "start": "",
+        "batch": _batch(batch),
+        "conf": "".join(f"  {line}\n" for line in dump_yaml({"conf": kept}).splitlines()) if kept else "",
+        "train_names": "[ctc, decoder]",
+        "rates": rates,
+        "optim": settings.get("optim") if settings.get("optim") in ("adam", "adamw") else "adamw",
+        "lr": rate,
+        "weight_decay": optim.get("weight_decay", 0.01 if settings.get("optim") == "adamw" else 0.0),
+        "moments": "".join(f"  {key}: {optim[key]}\n" for key in ("betas", "eps") if key in optim),
+        "clip": settings.get("grad_clip", 5),
+        "schedule": _schedule(settings),
+        "epochs": min(int(settings.get("max_epoch", 3)), 3),
+        "precision": "bf16" if settings.get("dtype") == "bf16" else "fp32",
+        "accumulate": settings.get("accum_grad", 1),
+        "options": "",
+    }
 
 
 _NOT_KEPT = (

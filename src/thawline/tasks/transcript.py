@@ -10,6 +10,8 @@ from typing import Any
 from thawline.data.text import Tokenizer
 
 _LONGEST_TOKEN_S = 0.6  # CTC says where a token begins; it is taken to last until the next, and no longer than this
+_OPENING, _CLOSING = "\"'“¡¿([{-", "\"'.。,，!！?？:：”)]}、"
+_ASCII_MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 _CUE_S, _CUE_CHARACTERS, _PAUSE_S = 6.0, 84, 0.8
 
 
@@ -31,7 +33,8 @@ class Timed:
 class Transcript:
     """One recording.
 
-    tokens:   ids as the decoder gave them (Whisper's with time marks where they were asked for)
+    tokens:   ids of the text, without time marks
+    token_times_s: when each begins, in seconds from the begin of the file; empty where not asked for
     score:    natural-log score of the mode, summed over windows; None where there is none
     words, segments: empty where the mode has no times
     windows:  pieces the recording was decoded in
@@ -43,6 +46,7 @@ class Transcript:
     text: str
     tokens: tuple[int, ...]
     seconds: float
+    token_times_s: tuple[float, ...] = ()
     score: float | None = None
     language: str = ""
     words: tuple[Timed, ...] = ()
@@ -60,6 +64,8 @@ class Transcript:
             "tokens": list(self.tokens),
             "score": self.score,
         }
+        if self.token_times_s:
+            out["token_times"] = [round(begin, 3) for begin in self.token_times_s]
         if self.language:
             out["language"] = self.language
         for name, values in (("words", self.words), ("segments", self.segments)):
@@ -114,6 +120,47 @@ def words_of(
         sure = min(confidence[n] for n in group) if len(confidence) == len(tokens) else None
         out.append(Timed(begins_s[group[0]], max(stop, begins_s[last]), text, sure))
     return out
+
+
+def spoken_words(
+    tokenizer: Tokenizer, tokens: Sequence[int], spans: Sequence[tuple[float, float]], *, spaced: bool
+) -> list[Timed]:
+    """A Whisper's text tokens with the begin and end of each in seconds -> words with their punctuation.
+
+    spaced: words begin at spaces; else each character is one. As OpenAI's timing.py has it: tokens that share a
+    character stay together, punctuation goes with the word before it, what opens with the word after it.
+    """
+    words: list[tuple[str, list[int]]] = []  # text, numbers of its tokens
+    for numbers in _whole_characters(tokenizer, tokens):
+        text = tokenizer.decode([tokens[n] for n in numbers])
+        if words and spaced and not text.startswith(" ") and text.strip() not in _ASCII_MARKS:
+            words[-1] = _glued(words[-1], (text, numbers))
+        else:
+            words.append((text, numbers))
+    for at in range(len(words) - 2, -1, -1):
+        if words[at][0].startswith(" ") and words[at][0].strip() in _OPENING:
+            words[at : at + 2] = [_glued(words[at], words[at + 1])]
+    closed: list[tuple[str, list[int]]] = []
+    for word in words:
+        if closed and not closed[-1][0].endswith(" ") and word[0] in _CLOSING:
+            closed[-1] = _glued(closed[-1], word)
+        else:
+            closed.append(word)
+    return [Timed(spans[numbers[0]][0], spans[numbers[-1]][1], text.strip()) for text, numbers in closed]
+
+
+def _glued(one: tuple[str, list[int]], two: tuple[str, list[int]]) -> tuple[str, list[int]]:
+    return one[0] + two[0], one[1] + two[1]
+
+
+def _whole_characters(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[list[int]]:
+    """Numbers of tokens that make whole characters together: a byte-level token may hold half of one."""
+    pieces: list[list[int]] = [[]]
+    for n in range(len(tokens)):
+        pieces[-1].append(n)
+        if "\ufffd" not in tokenizer.decode([tokens[i] for i in pieces[-1]]):
+            pieces.append([])
+    return [piece for piece in pieces if piece]
 
 
 def join_words(words: Iterable[Timed]) -> list[Timed]:

@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from thawline.core import hub
 from thawline.core.config import Strict
-from thawline.data.conversation import TEMPLATES, Format, Targets, read_dialogues
+from thawline.data.conversation import Format, read_dialogues
+from thawline.data.conversation_templates import TEMPLATES, Targets
 from thawline.data.video import How
 from thawline.data.videochat import ChatBatch, ChatSamples, ClipSettings
 from thawline.errors import CheckpointError, RecipeError
@@ -232,7 +234,7 @@ def evaluate(model: Any, batches: Iterator[ChatBatch]) -> Evaluation:
 
 def home_of(recipe: Recipe, options: VideoChatOptions) -> ChatHome:
     """The parts of the model that a recipe names. Raises RecipeError for what is missing or cannot be meant."""
-    model = recipe.path("model")
+    model = hub.local(recipe.path("model"))
     parts = _parts(options)
     stage = 3 if options.stage == "hd" else options.stage
     if recognises(model):
@@ -282,6 +284,7 @@ def switched_plan(recipe: Recipe, options: VideoChatOptions) -> tuple[FreezePlan
     switched = plan_of(Switches(**chosen), home.config, compat=options.compat)
     plan = recipe.plan
     changes: dict[str, Any] = {"preset": None, "train": (*switched.train, *plan.train)}
+    changes["may_rest"] = (*switched.may_rest, *plan.may_rest)
     if not plan.no_decay:
         changes["no_decay"] = NO_DECAY
     return plan.model_copy(update=changes), switched
@@ -331,7 +334,7 @@ def _written_section(recipe: Recipe, options: VideoChatOptions) -> Mapping[str, 
 
 
 def _path(settings: Strict, name: str) -> Path:
-    return (settings.folder(name) / Path(str(getattr(settings, name))).expanduser()).absolute()
+    return hub.local((settings.folder(name) / Path(str(getattr(settings, name))).expanduser()).absolute())
 
 
 def _parts(options: VideoChatOptions) -> tuple[Path, ...]:

@@ -3,29 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from thawline.core.config import near_names
-from thawline.data.conversation import TEMPLATES, Dialogue, Media, Template, Turn, read_dialogues
-from thawline.data.loader import BatchRequest, Loader
-from thawline.data.sampler import Batching, BatchPlan, Cursor
-from thawline.data.video import prepare, read_image, read_video, to_tiles
-from thawline.data.videochat import ChatBatch, ChatSample, ChatSamples
+from thawline.data.conversation import Dialogue, Media, Turn, read_dialogues
+from thawline.data.conversation_templates import TEMPLATES, Template
+from thawline.data.video import prepare, read_image, read_video, to_tiles, video_seconds
+from thawline.data.videochat import ChatSamples
 from thawline.errors import DataError
 from thawline.models.videochat.build import Opened
 from thawline.models.videochat.chat import Answer, Sampling, chat, look
+from thawline.tasks.evaluating import evaluate_samples
 from thawline.tasks.videochat import evaluate
 from thawline.tasks.videochat_home import ChatHome
 from thawline.tasks.videochat_loading import open_chat
 from thawline.train.engine import pick_device
 from thawline.train.task import Evaluation
 
-_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +74,9 @@ class ChatModel:
     def template(self) -> Template:
         return TEMPLATES[self.home.config.family]
 
-    def see(self, file: Path | str) -> Seen:
-        """Read a video or an image. Raises DataError where there is none, or it cannot be read."""
+    def see(self, file: Path | str, *, limit_s: float | None = None) -> Seen:
+        """Read a video or an image. Raises DataError where there is none, it cannot be read, or it lasts longer than
+        `limit_s`."""
         path = Path(file).expanduser()
         if not path.is_file():
             near = near_names(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else []
@@ -86,7 +86,9 @@ class ChatModel:
                 fix=f"did you mean {path.parent / near[0]}?" if near else "check the path",
             )
         settings = self.home.clips
-        is_image = path.suffix.lower() in _IMAGES
+        is_image = path.suffix.lower() in IMAGES
+        if limit_s is not None and not is_image and (lasts := video_seconds(path)) > limit_s:
+            raise DataError(f"the video lasts {lasts:.1f} s, more than the limit of {limit_s:g} s", where=str(path))
         read = read_image(path) if is_image else read_video(path, settings.frames, "uniform")
         if settings.max_tiles:
             clip = to_tiles(
@@ -109,24 +111,15 @@ class ChatModel:
     ) -> Evaluation:
         """Loss and token accuracy on an instruction file; a row a sample with `batch_size` 1. Unreadable samples are
         counted as `unreadable`."""
-        samples = self.samples(Path(data))
-        count = len(samples) if limit is None else min(limit, len(samples))
-        plan = BatchPlan(count, seed=0, batching=Batching(size=batch_size), length=samples.length, shuffle=False)
-        unreadable = 0
-
-        def batches() -> Iterator[ChatBatch]:
-            nonlocal unreadable
-            requests = (BatchRequest(epoch=0, cursor=c, ids=ids) for c, ids in plan.batches(Cursor()))
-            loader: Loader[ChatSample, ChatBatch]
-            with Loader(samples, seed=0, workers=workers) as loader:
-                for loaded in loader.iterate(requests):
-                    unreadable += len(loaded.bad)
-                    if loaded.batch is not None:
-                        yield loaded.batch.to(self.opened.model.device)
-
-        with torch.inference_mode():
-            result = evaluate(self.opened.model, batches())
-        return Evaluation({**result.metrics, "unreadable": float(unreadable)}, result.rows)
+        model = self.opened.model
+        return evaluate_samples(
+            self.samples(Path(data)),
+            lambda batches: evaluate(model, batches),
+            batch_size=batch_size,
+            workers=workers,
+            limit=limit,
+            device=model.device,
+        )
 
     def samples(self, data: Path) -> ChatSamples:
         """The samples of an instruction file as they are for evaluation."""
@@ -156,8 +149,13 @@ class Talk:
         self.turns: tuple[Turn, ...] = ()
         self._visual: list[Tensor] | None = None
 
-    def ask(self, question: str, *, on_text: Callable[[str], None] | None = None) -> Answer:
-        """The answer to `question`, told piece by piece to `on_text`; it joins the conversation."""
+    def ask(
+        self, question: str, *, on_text: Callable[[str], None] | None = None, sampling: Sampling | None = None
+    ) -> Answer:
+        """The answer to `question`, told piece by piece to `on_text`; it joins the conversation.
+
+        sampling: of this answer, in place of the conversation's
+        """
         opened, template = self.model.opened, self.model.template
         turns = (*self.turns, Turn(question=question, answer=""))
         if self._visual is None:
@@ -180,7 +178,7 @@ class Talk:
             prompt,
             tokenizer=opened.tokenizer,
             stop=template.stop,
-            sampling=self.sampling,
+            sampling=sampling or self.sampling,
             on_text=on_text,
             visual=self._visual,
         )

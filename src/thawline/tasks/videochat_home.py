@@ -79,7 +79,7 @@ class ChatHome:
             return _described(described)
         if _section_of(path) is not None:
             return _parts_directory(path)
-        if _is_llm(path):
+        if is_llm(path):
             raise CheckpointError(
                 "this is a language model without VideoChat2's parts",
                 where=str(path),
@@ -387,7 +387,8 @@ def _section_of(folder: Path) -> Mapping[str, Any] | None:
     return section if isinstance(section, dict) and _is_section(section) else None
 
 
-def _is_llm(path: Path) -> bool:
+def is_llm(path: Path) -> bool:
+    """Whether a directory holds a language model that VideoChat2 is built on."""
     try:
         data = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -5,29 +5,65 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from torch import nn
+
 from thawline.ckpt.delta import BaseRef, check_base, lay_over, read_delta
 from thawline.ckpt.formats.thawline_run import is_checkpoint, is_delta, is_run, newest_checkpoint
 from thawline.ckpt.formats.thawline_run import read_delta as header
 from thawline.ckpt.load import load_strict_, read_checkpoint
 from thawline.errors import CheckpointError, RecipeError
+from thawline.models.videochat.alignment import VideoAlignment
 from thawline.models.videochat.build import Opened
 from thawline.tasks.videochat import VideoChatOptions, VideoChatTask, home_of
+from thawline.tasks.videochat_alignment import AlignmentTask
+from thawline.tasks.videochat_alignment_home import AlignmentHome, is_alignment
 from thawline.tasks.videochat_home import ChatHome, is_part, recognises
-from thawline.train.law import shape_
+from thawline.train.law import Law, shape_
 from thawline.train.recipe import read_recipe
 from thawline.train.rundir import RunDirectory
 
 
 def is_meant(path: Path, base: Path | None = None) -> bool:
-    """Whether `path` (or the base it is to be laid over) is a VideoChat2 model; reads names only."""
+    """Whether `path` (or the base it is to be laid over) is a VideoChat2 model of any stage; reads names only."""
     path = path.expanduser().absolute()
     run = _owner(path)
     if run is not None:
-        return read_recipe(run / "recipe.yaml").task == VideoChatTask.name
+        return read_recipe(run / "recipe.yaml").task in (VideoChatTask.name, AlignmentTask.name)
     delta = _delta_file(path)
     if delta is not None:
         return is_part(tuple(header(delta).base))
-    return recognises(path) or (base is not None and recognises(base))
+    return is_alignment(path) or recognises(path) or (base is not None and recognises(base))
+
+
+def load_model(path: Path, base: Path | None = None) -> nn.Module:
+    """The model at `path`, of any stage, in eval mode; errors as `open_chat`."""
+    path = path.expanduser().absolute()
+    run = _owner(path)
+    if is_alignment(path) or (run is not None and read_recipe(run / "recipe.yaml").task == AlignmentTask.name):
+        return open_alignment(path, base)[0]
+    return open_chat(path, base)[0].model
+
+
+def open_alignment(path: Path, base: Path | None = None) -> tuple[VideoAlignment, AlignmentHome]:
+    """A stage-1 model: what a run exported, a run, or one of its checkpoints, over `base` where its own has moved."""
+    if is_alignment(path):
+        home = AlignmentHome.of(path)
+        return home.open()[0], home
+    run = RunDirectory(_owner(path) or path)
+    if path == run.path and run.finished and base is None:
+        return open_alignment(run.model)
+    begun = run.path / "base"
+    source = base if base is not None else (begun if begun.is_dir() else None)
+    recipe = read_recipe(run.recipe, {} if source is None else {"model": str(source)})
+    recipe = recipe.model_copy(update={"init": "pretrained"})
+    task = AlignmentTask()
+    model = task.build(recipe)
+    assert isinstance(model, VideoAlignment)
+    checkpoint = read_checkpoint(newest_checkpoint(path)[0] if path == run.path else path)
+    Law.open(recipe.plan, model, run, seed=recipe.run.seed, source=recipe.path("model")).restore_(model, checkpoint)
+    assert task.home is not None
+    model.eval()
+    return model, task.home
 
 
 def open_chat(path: Path, base: Path | None = None, *, dtype: str = "") -> tuple[Opened, ChatHome]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,10 +13,9 @@ from thawline.ckpt.load import Checkpoint, read_checkpoint, read_newest
 from thawline.core.config import near_names
 from thawline.data.image import read_pixels
 from thawline.data.image_transforms import seen
-from thawline.data.loader import BatchRequest, Loader
-from thawline.data.sampler import Batching, BatchPlan, Cursor
 from thawline.errors import CheckpointError, DataError
 from thawline.models.vision.architecture import logits_of
+from thawline.tasks.evaluating import evaluate_samples
 from thawline.tasks.vision import VisionTask, evaluate, labelled
 from thawline.tasks.vision_home import VisionHome, find_head_of
 from thawline.train.law import Law
@@ -109,22 +107,13 @@ class Classifier:
         self, data: Path | str, *, batch_size: int = 32, workers: int = 0, limit: int | None = None
     ) -> Evaluation:
         """Accuracy on a data set, and a row an image. What cannot be read is counted as `unreadable`."""
-        samples = labelled(Path(data), self.home)
-        count = len(samples) if limit is None else min(limit, len(samples))
-        plan = BatchPlan(count, seed=0, batching=Batching(size=batch_size), length=None, shuffle=False)
-        unreadable = 0
-
-        def batches() -> Iterator[Any]:
-            nonlocal unreadable
-            requests = (BatchRequest(epoch=0, cursor=c, ids=ids) for c, ids in plan.batches(Cursor()))
-            with Loader(samples, seed=0, workers=workers) as loader:
-                for loaded in loader.iterate(requests):
-                    unreadable += len(loaded.bad)
-                    if loaded.batch is not None:
-                        yield loaded.batch
-
-        result = evaluate(self.model, self.home.classes, batches())
-        return Evaluation({**result.metrics, "unreadable": float(unreadable)}, result.rows)
+        return evaluate_samples(
+            labelled(Path(data), self.home),
+            lambda batches: evaluate(self.model, self.home.classes, batches),
+            batch_size=batch_size,
+            workers=workers,
+            limit=limit,
+        )
 
 
 def _existing(path: Path) -> Path:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from thawline.ckpt.load import load_strict_
 from thawline.ckpt.source import open_source
 from thawline.ckpt.tensors import SourceTensors
+from thawline.core import hub
 from thawline.core.config import Document, bind, near_names
 from thawline.data.image_transforms import ImageInput
 from thawline.errors import CheckpointError, RecipeError
@@ -63,6 +64,7 @@ class VisionHome:
         model_fn: `module:function` that makes the network of a bare weights file
         """
         args = dict(model_args or {})
+        path = hub.local(path)
         if path.is_dir():
             return _of_folder(path, model_fn, args)
         if path.is_file():
@@ -75,7 +77,8 @@ class VisionHome:
                 where=str(path),
                 fix=f"did you mean {path.parent / near[0]}?"
                 if near
-                else "a directory, a weights file, timm:NAME, torchvision:NAME, efficientnet-lite0, or module:function",
+                else hub.remedy(path)
+                or "a directory, a weights file, timm:NAME, torchvision:NAME, efficientnet-lite0, or module:function",
             )
         return cls(path=path, architecture=made).with_known_input()
 

@@ -15,23 +15,28 @@ import numpy
 import torch
 
 from thawline.errors import RecipeError
+from thawline.train.recipe import DataSettings, OptimSettings, RunSettings
 
 Grade = Literal["EXACT", "SAME-DATA", "CONTINUES"]
 
 _CANNOT_MATTER = (
     "run.workers",
+    "run.recompute",  # the same bits
+    "run.micro_batch",  # chosen before the first step; the state has it from then on
     "run.tensorboard",
     "run.time_limit",
-    "run.checkpoint.every",
     "run.checkpoint.keep",
+    "run.checkpoint.on_error",
+    "run.checkpoint.mirror",
     "run.engine",
-    "run.nonfinite_limit",
-    "data.max_bad",
     "run.device",  # recorded in the environment, where it decides the grade
+    "data.max_bad",
     "model",  # the base is known by its fingerprint
     "data.train",  # the data are known by theirs
     "data.valid",
 )
+_DECIDES_WHERE_TO_GO_BACK_TO = ("run.checkpoint.every", "run.nonfinite.limit")
+"""Cannot matter either, unless steps that are not finite send the run back to a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +57,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "cudnn tf32": torch.backends.cudnn.allow_tf32,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn deterministic": torch.backends.cudnn.deterministic,
+        "cudnn benchmark": torch.backends.cudnn.benchmark,
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "mkldnn": torch.backends.mkldnn.enabled,
     }
 
 
@@ -74,16 +85,20 @@ def judge(
 ) -> Verdict:
     """Compare {"recipe", "data", "environment"} as recorded with those of now.
 
+    A key of the recipe that is newer than the record counts as recorded at its default.
+
     Raises RecipeError listing every changed key that could matter and is not allowed by name.
     """
     allowed = tuple(allow)
     reasons: list[str] = []
     refused: list[tuple[str, Any, Any]] = []
     continues = False
-    for part in ("recipe", "data"):
-        for key, before, after in changes(recorded[part], now[part]):
+    goes_back = now["recipe"]["run"]["nonfinite"]["then"] == "rewind"
+    free = _CANNOT_MATTER + (() if goes_back else _DECIDES_WHERE_TO_GO_BACK_TO)
+    for part, then in (("recipe", _with_defaults(recorded["recipe"])), ("data", recorded["data"])):
+        for key, before, after in changes(then, now[part]):
             name = key if part == "recipe" else f"data.{key}.content"
-            if name in _CANNOT_MATTER:
+            if name in free:
                 continue
             if any(name == a or name.startswith(f"{a}.") for a in allowed):
                 continues = True
@@ -98,8 +113,21 @@ def judge(
             fix="put them back, start a new run with --run, or go on all the same with "
             + " ".join(f"--allow {name}" for name, _, _ in refused),
         )
-    drift = changes(recorded["environment"], now["environment"])
+    known = recorded["environment"].keys() & now["environment"].keys()
+    drift = [d for d in changes(recorded["environment"], now["environment"]) if d[0] in known]
     reasons += [f"{key}: {before!r} -> {after!r}" for key, before, after in drift]
     if continues:
         return Verdict("CONTINUES", tuple(reasons))
     return Verdict("SAME-DATA" if drift else "EXACT", tuple(reasons))
+
+
+def _with_defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    parts = {"data": DataSettings(train=""), "optim": OptimSettings(), "run": RunSettings()}
+    return _laid_over({name: part.model_dump(mode="json") for name, part in parts.items()}, recipe)
+
+
+def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two nested mappings as one, the values of `above` where both have one."""
+    laid = {**below, **above}
+    both = [key for key in below if isinstance(below[key], Mapping) and isinstance(above.get(key), Mapping)]
+    return laid | {key: _laid_over(below[key], above[key]) for key in both}

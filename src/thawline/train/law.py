@@ -5,10 +5,11 @@ Puts freeze (what may change) and ckpt (what did change) together; the two rooms
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from thawline.ckpt.delta import BaseRef, Delta, check_base, delta_of, lay_over
 from thawline.ckpt.load import Checkpoint, load_strict_
@@ -106,6 +107,11 @@ class Law:
         check_base(checkpoint.base, self.base, source=where)
         laid = lay_over(model.state_dict(), checkpoint.difference, as_shaped=self._drawn(model), source=where)
         load_strict_(model, laid, source=where)
+
+    def under_every_name(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by first name -> by each name, as the model's state dict has them."""
+        tied = self.phases[0]
+        return {alias: t for name, t in tensors.items() for alias in (name, *tied[name].also)}
 
     def _drawn(self, model: nn.Module) -> frozenset[str]:
         """Names that shaping made (adapters, replaced norms): they are as drawn until a phase trains them."""

@@ -6,8 +6,11 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, Protocol, TextIO
 
+_WORTH_TELLING = 0.3
+"""Share of a step's time from which on it is shown what the run waited for."""
 _COUNTS = ("utterances", "words", "unreadable", "images", "samples")
 
 
@@ -50,7 +53,8 @@ class PlainMonitor:
         now = time.monotonic()
         if now - self._last >= self.interval_s or row["step"] == self._total:
             self._last = now
-            self.note(f"step {row['step']}/{self._total}  {_progress_text(row, speed)}")
+            left = f"  {timedelta(seconds=round(speed['eta_s']))} left" if speed else ""
+            self.note(f"step {row['step']}/{self._total}  {_progress_text(row, speed)}{left}")
 
     def evaluation(self, row: Mapping[str, float]) -> None:
         self.note(_evaluation_text(row))
@@ -102,8 +106,9 @@ def _progress_text(row: Mapping[str, Any], speed: Mapping[str, float]) -> str:
     text = f"epoch {row['epoch']:.2f}  loss {loss}  lr {row['lr']:.2e}"
     if speed:
         text += f"  {speed['samples_per_s']:.1f} samples/s  {speed['memory_mb']:.0f} MB"
-        if speed["loading_share"] > 0.3:
-            text += f"  (waiting for data {speed['loading_share']:.0%})"
+        waits = {k.removeprefix("wait/"): share for k, share in speed.items() if k.startswith("wait/")}
+        told = {reason: share for reason, share in waits.items() if share > _WORTH_TELLING}
+        text += "".join(f"  (waits for {reason} {share:.0%})" for reason, share in told.items())
     return text
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
 
 from thawline.core.config import Document, Strict, bind, override, read_yaml
 from thawline.core.span import Span
@@ -48,6 +48,8 @@ class ScheduleSettings(Strict):
     """linear, cosine, wsd, onecycle: the last rate as a share of the highest."""
     d_model: int = Field(default=256, gt=0)
     """noam only: the model width of its formula."""
+    momentum: tuple[float, float] | None = (0.85, 0.95)
+    """onecycle only: the least momentum (Adam: first beta), at the highest rate, and the greatest; null leaves it."""
 
 
 class OptimSettings(Strict):
@@ -76,6 +78,43 @@ class CheckpointSettings(Strict):
     """A metric such as `valid/wer`: its best checkpoint stays too, and is what the run exports."""
     mode: Literal["min", "max", "auto"] = "auto"
     """Which direction is better; auto takes the larger accuracy and the smaller anything else."""
+    mirror: str | None = None
+    """A URL (s3://bucket/run) to which checkpoints are sent behind the training, and at the end the result; `thawline
+    resume URL` goes on from there on another machine. Needs the extra `remote`."""
+    on_error: Literal["continue", "stop"] = "continue"
+    """Where the storage refuses one (full, over quota, not permitted): report it and go on with the last good one, or
+    stop with exit code 75. The last save of a run, and that of one that was told to stop, always end in 75."""
+
+    @field_validator("mirror")
+    @classmethod
+    def _a_url(cls, place: str | None) -> str | None:
+        if place is not None and "://" not in place:
+            raise ValueError(f"{place!r} is not a URL: write s3://bucket/run, or file:///path for a folder")
+        return place
+
+
+class EmaSettings(Strict):
+    """An exponential moving average of what trains. Evaluations, the best checkpoint and the exported model are the
+    average's; checkpoints hold both. See `thawline.train.ema`."""
+
+    decay: float = Field(default=0.999, ge=0, lt=1)
+    warmup: bool = True
+    """At most (1 + n) / (10 + n) at step n, so that an early average is not still the base."""
+
+    def at(self, step: int) -> float:
+        """The decay of the update that follows `step` finished ones."""
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
+
+class NonfiniteSettings(Strict):
+    """What happens after steps whose loss or gradient is not finite. Each is skipped: no update, and it is recorded."""
+
+    limit: int = Field(default=5, ge=1)
+    """So many in a row are too many."""
+    then: Literal["stop", "rewind"] = "stop"
+    """rewind: go back to the last whole checkpoint before them, and pass over every batch read since then. Steps are
+    functions of weights and batches: to repeat the good ones among them would lead to the same place. Stops where that
+    did not help."""
 
 
 class RunSettings(Strict):
@@ -85,22 +124,72 @@ class RunSettings(Strict):
     steps: int | None = Field(default=None, ge=1)
     """Stop after so many steps even if the epochs are not over."""
     seed: int = 7
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the forward pass; weights, gradients and update are fp32 throughout. fp16 scales the loss, as GradScaler
+    does: a step whose scaled gradient overflows is skipped, and the scale halved."""
     accumulate: int = Field(default=1, ge=1)
     """Micro-batches a step: the global batch is that many batches."""
+    micro_batches: int | None = Field(default=None, ge=1)
+    """Cut the global batch into so many, and sum them in an order that is the same for every world size dividing it:
+    the run's bits then do not depend on the world size. A multiple of `accumulate`. Costs a gradient buffer for each
+    factor of two."""
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Most samples that go through the model at once; micro-batches of more are cut, and the gradient stays theirs.
+    auto: as many as fit, found by trying before the first step. Where memory runs out, pieces are halved anyhow."""
+    recompute: bool = False
+    """Keep only the inputs of the model's blocks for the backward pass, and compute the rest again there: less memory
+    and about a third more time, the same bits."""
     workers: int = Field(default=2, ge=0)
     """Loader processes; changes nothing but speed."""
     evaluate: SpanField = Span(1, "epochs")
+    """Steps, epochs or a share of the run: what depends on evaluations must not depend on the clock."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     engine: Literal["auto", "single"] = "auto"
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
     time_limit: SpanField | None = None
     """Minutes after which the run checkpoints and stops with exit code 75."""
-    nonfinite_limit: int = Field(default=5, ge=1)
-    """So many steps in a row with a loss or gradient that is not finite stop the run."""
+    nonfinite: NonfiniteSettings = NonfiniteSettings()
+    ema: EmaSettings | None = None
     tensorboard: bool = False
     """Write the metrics for TensorBoard too (needs the extra `tensorboard`)."""
+
+    @field_validator("evaluate")
+    @classmethod
+    def _no_clock(cls, every: Span) -> Span:
+        if every.unit == "minutes":
+            raise ValueError("phases and the best checkpoint depend on evaluations: give steps, epochs or %")
+        return every
+
+    @model_validator(mode="after")
+    def _a_place_to_go_back_to(self) -> RunSettings:
+        if self.nonfinite.then == "rewind" and self.checkpoint.every.unit == "minutes":
+            raise ValueError(
+                "to go back to a checkpoint that the clock decided on is not reproducible: "
+                "nonfinite.then: rewind needs checkpoint.every in steps, epochs or %"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> RunSettings:
+        if self.micro_batches is not None and self.micro_batches % self.accumulate:
+            raise ValueError(f"micro_batches must be a multiple of accumulate ({self.accumulate}): each batch is cut")
+        return self
+
+
+class StartSettings(Strict):
+    """Where another program's training left off, for a run that goes on with it; `thawline init --continue` writes it.
+
+    `model` then gives the weights of that moment. See `thawline.train.start`.
+    """
+
+    step: int = Field(ge=0)
+    """Updates taken so far: schedules, and the run's own steps, go on from there."""
+    epoch: int | None = Field(default=None, ge=0)
+    """Whole passes over the data so far. Empty where that is not known: as many as `step` steps of this recipe make,
+    and reading then begins in the middle of one."""
+    optimizer: str | None = None
+    """A DeepSpeed checkpoint with the moments of its optimizer; empty begins without moments."""
 
 
 class Recipe(Strict):
@@ -112,6 +201,7 @@ class Recipe(Strict):
     """The base: a WeNet directory, a Hugging Face directory, a run directory, or a weights file."""
     init: Literal["pretrained", "random"] = "pretrained"
     """random: take the shape of the model only and draw the weights from the seed."""
+    start: StartSettings | None = None
     data: DataSettings
     plan: FreezePlan
     optim: OptimSettings = OptimSettings()
@@ -123,6 +213,14 @@ class Recipe(Strict):
     def _best_needs_valid(self) -> Recipe:
         if self.run.checkpoint.best is not None and self.data.valid is None:
             raise ValueError("run.checkpoint.best needs data.valid: nothing would be evaluated")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> Recipe:
+        if self.start is not None and (self.start.epoch or 0) >= self.run.epochs:
+            raise ValueError(
+                f"start.epoch {self.start.epoch} of run.epochs {self.run.epochs}: nothing is left; raise run.epochs"
+            )
         return self
 
     def path(self, *field: str) -> Path:
@@ -152,6 +250,10 @@ class Recipe(Strict):
         data["data"]["train"] = str(self.path("data", "train"))
         if self.data.valid is not None:
             data["data"]["valid"] = str(self.path("data", "valid"))
+        if self.start is None:
+            del data["start"]
+        elif self.start.optimizer is not None:
+            data["start"]["optimizer"] = str(self.path("start", "optimizer"))
         return data
 
 

@@ -2,7 +2,7 @@
 
 `metrics.jsonl` holds only what is a function of the step (no clock times), so that a run that was killed and resumed
 leaves the same bytes as one that was not. What depends on the machine goes to `speed.jsonl`, what happened to
-`events.jsonl`.
+`events.jsonl`. A row that a full disk refuses waits in memory, and the run goes on.
 """
 
 from __future__ import annotations
@@ -10,17 +10,63 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import threading
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from thawline.ckpt import store
 from thawline.ckpt.store import atomic_file
 from thawline.core.config import dump_yaml
 from thawline.errors import RecipeError
 from thawline.train.recipe import Recipe
+
+
+class RowLog:
+    """A JSON-lines file that rows are appended to, from any thread.
+
+    A kill leaves at most one torn line, at the end; the next row takes its place. Rows that the storage refuses wait
+    here, in order, and are written before the next ones.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting: deque[bytes] = deque()
+        self._lock = threading.Lock()
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Append a row, now or as soon as the storage takes it."""
+        with self._lock:
+            self._waiting.append((json.dumps(row) + "\n").encode())
+            try:
+                self._write()
+            except OSError:
+                return
+
+    def flush(self) -> None:
+        """Force every row to the disk: a checkpoint must not outlive the rows that lead to it. Raises StorageError."""
+        with self._lock, store.storage(self.path):
+            self._write()
+            if self.path.exists():
+                store.SYSTEM.sync(self.path)
+
+    def _write(self) -> None:
+        if not self._waiting:
+            return
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            _to_end_of_last_row(descriptor)
+            while self._waiting:
+                line = self._waiting[0]
+                while line:
+                    line = line[store.SYSTEM.write(descriptor, line) :]
+                self._waiting.popleft()
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +74,10 @@ class RunDirectory:
     """The folder of one run."""
 
     path: Path
+    _events: RowLog = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_events", RowLog(self.events))
 
     @property
     def recipe(self) -> Path:
@@ -58,6 +108,10 @@ class RunDirectory:
         return self.path / "events.jsonl"
 
     @property
+    def board(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
     def audit(self) -> Path:
         return self.path / "audit.json"
 
@@ -68,6 +122,19 @@ class RunDirectory:
     @property
     def finished(self) -> bool:
         return self.model.is_dir()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a process trains in this folder now."""
+        lock = self.path / ".lock"
+        if not lock.exists():
+            return False
+        with lock.open() as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
 
     def create(self, recipe: Recipe) -> None:
         """Make the folder and write the resolved recipe."""
@@ -92,20 +159,13 @@ class RunDirectory:
 
     def event(self, kind: str, **details: Any) -> None:
         """Append one event, with the time."""
-        row = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": kind, **details}
-        append_row(self.events, row)
+        self._events.append({"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": kind, **details})
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the rows after `step`, and a torn last line: the run goes on from there and writes them again."""
         rows = read_rows(self.metrics)
         kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
         write_text(self.metrics, kept)
-
-
-def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON line in a single write, so that a kill leaves at most one torn line at the end."""
-    with path.open("ab") as handle:
-        handle.write((json.dumps(row) + "\n").encode())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -120,17 +180,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def flush(path: Path) -> None:
-    """Force what was appended to the disk: a checkpoint must not be newer than the log it belongs to."""
-    if path.exists():
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-
-
 def write_text(path: Path, text: str) -> None:
     """Replace a small text file, whole or not at all."""
     with atomic_file(path, force=True) as handle:
         handle.write(text.encode())
+
+
+def _to_end_of_last_row(descriptor: int) -> None:
+    """Put the descriptor behind the last whole line, and drop a torn one after it."""
+    end = os.lseek(descriptor, 0, os.SEEK_END)
+    whole = end
+    while whole and os.pread(descriptor, 1, whole - 1) != b"\n":
+        whole -= 1
+    if whole < end:
+        os.ftruncate(descriptor, whole)
+        os.lseek(descriptor, whole, os.SEEK_SET)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: no scheduler object, no state to lose.
+"""Learning rate and momentum as pure functions of the step: no scheduler object, no state to lose.
 
 `step` counts the optimizer updates already done, so the first update of a run has step 0.
 """
@@ -16,7 +16,8 @@ def lr_factor(schedule: ScheduleSettings, step: int, *, total_steps: int, steps_
 
     constant, linear, cosine, wsd: linear warm-up to 1, then flat, or down to `floor` at `total_steps` in a line, in
     half a cosine, or in a line over the last `decay` (warm-up, stable, decay).
-    onecycle: up to 1 over `warmup` (or 30 %), down to `floor`, each in half a cosine (Smith and Topin 2017).
+    onecycle: up from 1/25 to 1 over `warmup` (or 30 %), down to `floor`, each in half a cosine (Smith and Topin 2017),
+    with the steps of torch.optim.lr_scheduler.OneCycleLR, whose last rate is a `floor` of 4e-6.
     warmuplr: WeNet's WarmupLR (wenet/utils/scheduler.py): W^0.5 * min(s^-0.5, s * W^-1.5) with s = max(1, step),
     because WeNet's first two updates share their rate.
     noam: d_model^-0.5 * min(s^-0.5, s * W^-1.5), s = step + 1 (Vaswani et al. 2017, equation 3); lr is its scale.
@@ -35,10 +36,7 @@ def lr_factor(schedule: ScheduleSettings, step: int, *, total_steps: int, steps_
         s = step + 1
         return float(schedule.d_model**-0.5 * min(s**-0.5, s * warmup**-1.5))
     if schedule.name == "onecycle":
-        rise = warmup or max(1, round(0.3 * total_steps))
-        if step < rise:
-            return _cosine(0.04, 1.0, step / rise)
-        return _cosine(1.0, schedule.floor, min(1.0, (step - rise) / max(1, total_steps - rise)))
+        return _one_cycle(0.04, 1.0, schedule.floor, step, warmup=warmup, total_steps=total_steps)
     if step < warmup:
         return (step + 1) / warmup
     if schedule.name == "constant":
@@ -50,6 +48,26 @@ def lr_factor(schedule: ScheduleSettings, step: int, *, total_steps: int, steps_
     if schedule.name == "cosine":
         return _cosine(1.0, schedule.floor, share)
     return 1.0 + (schedule.floor - 1.0) * share
+
+
+def momentum(schedule: ScheduleSettings, step: int, *, total_steps: int, steps_per_epoch: int) -> float | None:
+    """Momentum (Adam: the first beta) of the update after `step` finished ones; None where the schedule leaves it.
+
+    onecycle: from the greatest down to the least while the rate rises, and back up while it falls, as OneCycleLR does.
+    """
+    if schedule.name != "onecycle" or schedule.momentum is None:
+        return None
+    least, greatest = schedule.momentum
+    warmup = schedule.warmup.in_steps(steps_per_epoch=steps_per_epoch, total_steps=total_steps)
+    return _one_cycle(greatest, least, greatest, step, warmup=warmup, total_steps=total_steps)
+
+
+def _one_cycle(first: float, middle: float, last: float, step: int, *, warmup: int, total_steps: int) -> float:
+    """From `first` to `middle` at the turn, to `last` at the run's last step, each in half a cosine."""
+    turn = (warmup or 0.3 * total_steps) - 1
+    if step <= turn:
+        return _cosine(first, middle, step / turn if turn else 1.0)
+    return _cosine(middle, last, min(1.0, (step - turn) / max(total_steps - 1 - turn, 1e-9)))
 
 
 def _cosine(start: float, end: float, share: float) -> float:

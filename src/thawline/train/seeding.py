@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,3 +19,18 @@ def seed_all(key: int) -> None:
     random.seed(key)
     np.random.seed(key & 0xFFFF_FFFF)
     torch.manual_seed(key)
+
+
+@contextmanager
+def own_generators() -> Iterator[None]:
+    """What happens inside leaves the global generators as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if devices:
+            torch.cuda.set_rng_state_all(devices)

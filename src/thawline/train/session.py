@@ -5,60 +5,48 @@
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from thawline.ckpt.load import Checkpoint, checkpoints, read_checkpoint, read_newest
-from thawline.ckpt.retention import Keep, prune
-from thawline.ckpt.save import Saver
-from thawline.ckpt.store import atomic_dir, retire
+from thawline.ckpt.mirror import mirror_model
+from thawline.ckpt.store import StorageError, atomic_dir
 from thawline.core.rng import derive
 from thawline.core.span import Span
-from thawline.data.loader import BadSample, BatchRequest, LoadedBatch, Loader
-from thawline.data.sampler import BatchPlan, Cursor
+from thawline.data.loader import Loader
+from thawline.data.sampler import BatchPlan
 from thawline.errors import CheckpointError, DataError, LawBroken, RecipeError, ThawlineError
 from thawline.freeze import doctor
 from thawline.freeze.doctor import Finding
 from thawline.freeze.schedule import Progress, phase_at, warmup_factor
-from thawline.train import rundir, schedule
+from thawline.models.recompute import recompute_
+from thawline.train import rewind, schedule
+from thawline.train.board import Board
 from thawline.train.clock import Clock
 from thawline.train.compatibility import environment, judge
+from thawline.train.ema import Ema
 from thawline.train.engine import Engine, Rate, pick_device
-from thawline.train.evaluation import best_step, better_sign, evaluate
+from thawline.train.evaluation import best_step, evaluate, scores
 from thawline.train.law import Law, write_audit
+from thawline.train.microbatch import PlannedStep, count_for, planned_steps
 from thawline.train.monitor import Monitor
+from thawline.train.probe import choose
+from thawline.train.reading import GlobalBatch, global_batches
 from thawline.train.recipe import Recipe
-from thawline.train.rundir import RunDirectory
+from thawline.train.rundir import RowLog, RunDirectory
+from thawline.train.saving import Keeper
 from thawline.train.seeding import seed_all
+from thawline.train.start import first_moments, first_state, terms
 from thawline.train.state import RunState
 from thawline.train.task import Samples, Task
 
 _NOT_FINITE = "not-finite"
-
-
-@dataclass(frozen=True, slots=True)
-class GlobalBatch:
-    """What one step sees.
-
-    micro_batches: collated, in their numbered order; a micro-batch whose samples were all unreadable is left out
-    next:          cursor of the first batch after these
-    batches:       planned batches it is made of (`run.accumulate`, fewer at the end of an epoch)
-    samples, keys: how many samples were asked for, and the readable ones by key
-    """
-
-    micro_batches: tuple[Any, ...]
-    next: Cursor
-    batches: int
-    samples: int
-    keys: tuple[str, ...]
-    bad: tuple[BadSample, ...]
 
 
 @dataclass(slots=True)
@@ -77,16 +65,30 @@ class Session:
     valid_samples: Samples | None
     plan: BatchPlan
     loader: Loader[Any, Any]
-    clock: Clock
+    ema: Ema | None
     recorded: Mapping[str, Any]
-    saver: Saver = field(init=False)
-    _last_save_s: float = field(default_factory=time.monotonic)
-    _began_at: int = field(init=False, default=0)
+    clock: Clock = field(init=False)
+    metrics: RowLog = field(init=False)
+    board: Board | None = field(init=False)
+    keeper: Keeper = field(init=False)
+    _began_at: int = field(init=False)
 
     def __post_init__(self) -> None:
         self._began_at = self.state.step
         self.heed(doctor.before(self.model, self.engine.resolution, self.engine.optimizer))
-        self.saver = Saver(self.files.checkpoints, base=self.law.base, after=self._written, report=self.monitor.note)
+        self.clock = Clock(self.files.speed, step=self.state.step, total_steps=self.total_steps)
+        self.metrics = RowLog(self.files.metrics)
+        self.board = Board(self.files.board, step=self.state.step) if self.recipe.run.tensorboard else None
+        self.keeper = Keeper(
+            files=self.files,
+            settings=self.recipe.run.checkpoint,
+            base=self.law.base,
+            rows=self.metrics,
+            scores=lambda: scores(self.recipe, self.state.history),
+            also=lambda: [self.state.anchor] if self.goes_back else [],
+            tell=self.monitor.note,
+            waited=partial(self.clock.waited, "saving"),
+        )
 
     @classmethod
     def open(
@@ -107,12 +109,15 @@ class Session:
             torch.set_num_threads(checkpoint.state["environment"]["threads"])
         law = Law.open(recipe.plan, model, files, seed=recipe.run.seed, source=recipe.path("model"))
         resolution = law.enter(model, state.phase)
-        parked: Mapping[str, Any] = {}
+        if recipe.run.recompute:
+            recompute_(model)
         if checkpoint is not None:
             law.restore_(model, checkpoint)
-            parked = checkpoint.optimizer
         train_samples = task.samples(recipe, model, "train")
         valid_samples = task.samples(recipe, model, "valid") if recipe.data.valid is not None else None
+        plan = BatchPlan(
+            len(train_samples), seed=recipe.run.seed, batching=recipe.data.batch, length=train_samples.length
+        )
         recorded = {
             "recipe": recipe.resolved(),
             "data": {
@@ -124,6 +129,10 @@ class Session:
         if checkpoint is None:
             files.create(recipe)
             files.event("started", environment=recorded["environment"], data=recorded["data"])
+            state = first_state(recipe.start, plan, accumulate=recipe.run.accumulate)
+            if recipe.start is not None:
+                files.event("continued", step=state.step, grade="CONTINUES", reasons=[terms(recipe.start)])
+                monitor.note(f"CONTINUES {terms(recipe.start)}")
         else:
             verdict = judge(checkpoint.state, recorded, allow=allow, where=str(files.path))
             files.event("resumed", step=state.step, grade=verdict.grade, reasons=list(verdict.reasons))
@@ -134,11 +143,14 @@ class Session:
             monitor.note(note)
         _report_left_out(train_samples, recipe, files, monitor)
         if from_step is not None:
-            _give_up_later(files, from_step)
+            given_up = rewind.give_up_after(files.checkpoints, from_step)
+            files.event("went back", step=from_step, given_up=given_up)
         files.rewind_metrics(state.step)
         engine = Engine(model, resolution, recipe.optim, device, recipe.run.precision)
-        engine.restore_optimizer_(parked)
-        return cls(
+        engine.restore_optimizer_(first_moments(recipe) if checkpoint is None else checkpoint.optimizer)
+        ema = _ema(recipe, model, engine, checkpoint)
+        waits = partial(_tell_wait, files, monitor)
+        session = cls(
             recipe=recipe,
             task=task,
             files=files,
@@ -149,16 +161,14 @@ class Session:
             state=state,
             train_samples=train_samples,
             valid_samples=valid_samples,
-            plan=BatchPlan(
-                len(train_samples),
-                seed=recipe.run.seed,
-                batching=recipe.data.batch,
-                length=train_samples.length,
-            ),
-            loader=Loader(train_samples, seed=recipe.run.seed, workers=recipe.run.workers),
-            clock=Clock(files.speed),
+            plan=plan,
+            loader=Loader(train_samples, seed=recipe.run.seed, workers=recipe.run.workers, tell=waits),
+            ema=ema,
             recorded=recorded,
         )
+        if checkpoint is None and recipe.run.micro_batch is not None:
+            session._choose_pieces(recipe.run.micro_batch)
+        return session
 
     @property
     def steps_per_epoch(self) -> int:
@@ -188,58 +198,62 @@ class Session:
         return self.state.cursor.epoch >= run.epochs or (run.steps is not None and self.state.step >= run.steps)
 
     def rate(self) -> Rate:
-        """The rate of the next update."""
-        factor = schedule.lr_factor(
-            self.recipe.optim.schedule,
-            self.state.step,
-            total_steps=self.total_steps,
-            steps_per_epoch=self.steps_per_epoch,
-        )
+        """The rate and the momentum of the next update."""
+        settings, step = self.recipe.optim.schedule, self.state.step
+        length = {"total_steps": self.total_steps, "steps_per_epoch": self.steps_per_epoch}
         progress, history = self.progress, self.state.history
-        return Rate(factor, lambda since: warmup_factor(self.law.plan, since, progress, history))
+        return Rate(
+            schedule.lr_factor(settings, step, **length),
+            lambda since: warmup_factor(self.law.plan, since, progress, history),
+            schedule.momentum(settings, step, **length),
+        )
 
     def due(self, every: Span, before: Progress, after: Progress) -> bool:
         """Whether a multiple of `every` was reached by the step from `before` to `after`."""
         if every.unit == "minutes":
-            return time.monotonic() - self._last_save_s >= every.amount * 60
+            return self.keeper.minutes >= every.amount
         if every.unit == "epochs":
             return _count(after.epoch, every.amount) > _count(before.epoch, every.amount)
         steps = max(1, every.in_steps(steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps))
         return after.step // steps > before.step // steps
 
-    def checkpoint_due(self, before: Progress, after: Progress) -> bool:
-        return self.done or self.due(self.recipe.run.checkpoint.every, before, after)
-
     def rest_of_epoch(self) -> Iterator[GlobalBatch]:
         """Global batches from the cursor to the end of its epoch, read ahead by the loader."""
-        upcoming: deque[Cursor] = deque()
-        epoch = self.state.cursor.epoch
+        return global_batches(self.loader, self._planned_steps(), waited=partial(self.clock.waited, "data"))
 
-        def requests() -> Iterator[BatchRequest]:
-            waiting: BatchRequest | None = None
-            for cursor, ids in self.plan.batches(self.state.cursor):
-                if waiting is not None:
-                    upcoming.append(cursor)
-                    yield waiting
-                waiting = BatchRequest(epoch=epoch, cursor=cursor, ids=ids)
-            if waiting is not None:
-                upcoming.append(Cursor(epoch + 1, 0, 0))
-                yield waiting
+    def _planned_steps(self) -> Iterator[PlannedStep]:
+        run, engine = self.recipe.run, self.engine
+        count = count_for(accumulate=run.accumulate, world=engine.world, fixed=run.micro_batches)
+        return planned_steps(self.plan, self.state.cursor, run.accumulate, count, engine.rank, engine.world)
 
-        loaded = _timed(self.loader.iterate(requests()), self.clock.waited)
-        group: list[LoadedBatch[Any]] = []
-        for batch in loaded:
-            group.append(batch)
-            following = upcoming.popleft()
-            if len(group) == self.recipe.run.accumulate or following.epoch > epoch:
-                yield _global_batch(group, following)
-                group = []
+    def _choose_pieces(self, wanted: int | Literal["auto"]) -> None:
+        """Cut micro-batches as the recipe says, once, before the first step; from then on the state has it."""
+        seed = self.recipe.run.seed
+        fit = choose(wanted, self.engine, self.task, self.train_samples, self._planned_steps(), seed=seed)
+        self.state = replace(self.state, split=fit.split)
+        self.files.event("micro-batch", samples=fit.rows, split=fit.split)
+        self.monitor.note(f"{fit.rows} samples at a time: each micro-batch is cut into {fit.split}")
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the history has an evaluation of this step."""
+        return bool(self.state.history) and self.state.history[-1]["step"] == self.state.step
 
     def evaluate(self) -> None:
         """Score the held-back samples; the figures join the history that phases and the best checkpoint depend on."""
         if self.valid_samples is None:
             return
-        metrics, bad = evaluate(self.task, self.model, self.valid_samples, self.recipe, self.engine.device)
+        with self.clock.waiting("evaluation"), self.averaged():
+            metrics, bad = evaluate(
+                self.task,
+                self.model,
+                self.valid_samples,
+                self.recipe,
+                self.engine.device,
+                split=self.state.valid_split,
+                tell=partial(self.cut, evaluating=True),
+                waits=partial(_tell_wait, self.files, self.monitor),
+            )
         for sample in bad:
             self.files.event("bad sample", step=self.state.step, split="valid", key=sample.key, reason=sample.reason)
             self.monitor.note(f"left out held-back sample {sample.key}: {sample.reason}")
@@ -254,8 +268,18 @@ class Session:
                 fix=f"it gives {known}",
             )
         self.state = replace(self.state, history=(*self.state.history, row))
-        rundir.append_row(self.files.metrics, row)
+        self.metrics.append(row)
         self.monitor.evaluation(row)
+        if self.board is not None:
+            self.board.scalars(self.state.step, row)
+
+    def cut(self, split: int, *, evaluating: bool = False) -> None:
+        """Cut each micro-batch, or each batch of an evaluation, into so many pieces from here on."""
+        state = self.state
+        self.state = replace(state, valid_split=split) if evaluating else replace(state, split=split)
+        what = "evaluation" if evaluating else "step"
+        self.files.event("out of memory", step=self.state.step, during=what, split=split)
+        self.monitor.note(f"out of memory in the {what}: each batch of it is cut into {split} from here on")
 
     def enter_due_phase(self) -> bool:
         """Enter the phase that progress and metrics call for: capture, build the engine anew, restore."""
@@ -266,6 +290,8 @@ class Session:
         resolution = self.law.enter(self.model, phase)
         self.engine = Engine(self.model, resolution, self.recipe.optim, self.engine.device, self.recipe.run.precision)
         self.engine.restore_optimizer_(moments)
+        if self.ema is not None:
+            self.ema.follow_(self.engine.trainables)
         self.heed(doctor.before(self.model, resolution, self.engine.optimizer))
         self.files.event(
             "phase", step=self.state.step, phase=phase, trains=len(resolution.trainable_names), before=self.state.phase
@@ -277,26 +303,45 @@ class Session:
     def save(self, *, wait: bool = False) -> None:
         """Write a checkpoint behind the training, after the frozen tensors have been shown to be untouched.
 
-        A storage that refuses is reported and leaves the last good checkpoint and the run going; with `wait` (at the
-        end, and when the run stops) it is raised.
+        What a storage that refuses leads to is the keeper's to say; with `wait` (at the end, and when the run stops) it
+        is raised.
         """
-        rundir.flush(self.files.metrics)  # a checkpoint must not outlive the rows that lead to it
-        handle = self.saver.save(
+        if self.board is not None:
+            self.board.flush()
+        self.keeper.save(
             step=self.state.step,
+            wait=wait,
             delta=self.law.delta(self.model),
             optimizer=self.engine.optimizer_state(),
+            parked=self.engine.parked,
+            ema={} if self.ema is None else self.law.under_every_name(self.ema.averages),
             state={"run": self.state.to_json(), **self.recorded},
         )
-        self._last_save_s = time.monotonic()
-        if wait:
-            handle.wait()
 
-    def _written(self, newest: Path) -> None:
-        """Retention, in the writing thread, once a checkpoint is on the device."""
-        settings = self.recipe.run.checkpoint
-        best, sign = settings.best, better_sign(self.recipe)
-        scores = {} if best is None else {int(r["step"]): sign * r[best] for r in self.state.history}
-        prune(self.files.checkpoints, Keep(last=settings.keep, best=len(scores) and 1), scores=scores, trusted=newest)
+    def end_with(self, exc: BaseException) -> BaseException:
+        """What the run ends with because of `exc`, once the last whole step has its checkpoint, if that can be had."""
+        end: BaseException = exc
+        if isinstance(exc, StorageError):
+            end = self.keeper.end_of(exc)
+        elif not isinstance(exc, LawBroken):
+            self._rescue()
+        code = {"exit_code": end.exit_code} if isinstance(end, ThawlineError) else {}
+        self.files.event("stopped", step=self.state.step, reason=_sentence(end), **code)
+        return end
+
+    def _rescue(self) -> None:
+        step = self.state.step
+        if step in (self._began_at, self.keeper.saved):
+            return
+        if self.engine.torn:
+            self.monitor.note(f"cut off inside the update after step {step}: the last checkpoint before it stays")
+            return
+        try:
+            self.save(wait=True)
+        except StorageError as exc:
+            self.monitor.note(str(exc))
+        else:
+            self.monitor.note(f"a checkpoint of step {step} is written")
 
     def heed(self, findings: Sequence[Finding]) -> None:
         """Tell what the doctor found; an error ends the run now rather than with its last audit."""
@@ -308,15 +353,34 @@ class Session:
         if errors:
             raise LawBroken(f"{errors[0].what}: {', '.join(errors[0].names)}", fix=errors[0].fix)
 
-    def refuse_if_diverged(self) -> None:
-        """Stop after `run.nonfinite_limit` skipped steps in a row: the weights are those before the first of them."""
-        limit = self.recipe.run.nonfinite_limit
-        if self.state.in_a_row >= limit:
-            raise ThawlineError(
-                f"{limit} steps in a row had a loss or a gradient that is not finite",
-                where=str(self.files.events),
-                fix="a lower optim.lr, a longer warm-up, or fp32; the file lists the samples of those steps",
-            )
+    @property
+    def scales(self) -> bool:
+        """Whether the loss is scaled."""
+        return self.recipe.run.precision == "fp16"
+
+    @property
+    def diverged(self) -> bool:
+        """Whether too many steps in a row were not finite."""
+        return self.state.in_a_row >= self.recipe.run.nonfinite.limit
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether that is answered by going back, and not by stopping."""
+        return self.recipe.run.nonfinite.then == "rewind"
+
+    def record(self, row: Mapping[str, Any], samples: int) -> None:
+        """Log a step over `samples` samples, which makes it one that the run has taken, and show it."""
+        self.metrics.append(row)
+        self.engine.torn = False
+        speed = self.clock.lap(samples, self.state.step)
+        self.monitor.step(row, speed)
+        if self.board is not None:
+            self.board.scalars(self.state.step, row, under="train/")
+            self.board.scalars(self.state.step, speed, under="speed/")
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Meanwhile the model holds the averages of its weights, in a run that keeps them."""
+        return nullcontext() if self.ema is None else self.ema.in_place()
 
     def finish(self) -> None:
         """Audit, export the result, and say where it is. A finished run that took no further step stays as it is."""
@@ -325,61 +389,70 @@ class Session:
         report = self.law.audit(self.model)
         write_audit(self.files, report)
         report.raise_if_broken()
-        exported = self._best_model()
-        with atomic_dir(self.files.model, force=True) as folder:
+        with self._result() as exported, atomic_dir(self.files.model, force=True) as folder:
+            if self.ema is not None:  # the law holds for averages too
+                self.law.audit(exported, stepped=False).raise_if_broken()
             self.task.export(exported, folder)
         self.files.event("finished", step=self.state.step, model=str(self.files.model))
+        self._mirror()
+
+    def _mirror(self) -> None:
+        """Send the result where the checkpoints went; it lies here all the same if that fails."""
+        url = self.recipe.run.checkpoint.mirror
+        if url is None:
+            return
+        try:
+            mirror_model(self.files.path, url)
+        except CheckpointError as exc:
+            self.files.event("not mirrored", step=self.state.step, reason=str(exc))
+            self.monitor.note(f"the result was not sent to {url}: {exc}")
 
     def close(self) -> None:
         """Let the loader's processes go, and the save under way finish."""
         self.loader.close()
-        self.saver.close()
+        self.keeper.close()
+        if self.board is not None:
+            self.board.close()
 
-    def _best_model(self) -> nn.Module:
-        """The model to export: as it is, or as it was at the best evaluation where the recipe asks for that."""
+    @contextmanager
+    def _result(self) -> Iterator[nn.Module]:
+        """The model to export: as it is, or as it was at the best evaluation where the recipe asks for that; with the
+        averages of its weights, if they are kept."""
         best = best_step(self.recipe, self.state.history)
         if best is None or best == self.state.step:
-            return self.model
+            with self.averaged():
+                yield self.model
+            return
         checkpoint = _checkpoint(self.files, self.monitor, best)
         assert checkpoint is not None
         model = self.task.build(self.recipe)
         self.law.shaped_like(model)
         self.law.restore_(model, checkpoint)
-        return model
+        settings = self.recipe.run.ema
+        with nullcontext() if settings is None else Ema(settings, model, checkpoint.ema).in_place():
+            yield model
 
 
 def _count(epoch: float, every: float) -> int:
     return int(epoch / every + 1e-9)
 
 
-def _timed(batches: Iterator[LoadedBatch[Any]], waited: Callable[[float], None]) -> Iterator[LoadedBatch[Any]]:
-    while True:
-        start = time.perf_counter()
-        batch = next(batches, None)
-        waited(time.perf_counter() - start)
-        if batch is None:
-            return
-        yield batch
+def _tell_wait(files: RunDirectory, monitor: Monitor, text: str) -> None:
+    files.event("waiting", reason=text)
+    monitor.note(text)
 
 
-def _global_batch(group: Sequence[LoadedBatch[Any]], following: Cursor) -> GlobalBatch:
-    whole = tuple(b.batch for b in group if b.batch is not None)
-    return GlobalBatch(
-        micro_batches=whole,
-        next=following,
-        batches=len(group),
-        samples=sum(len(b.request.ids) for b in group),
-        keys=tuple(key for batch in whole for key in batch.keys),
-        bad=tuple(sample for b in group for sample in b.bad),
-    )
+def _ema(recipe: Recipe, model: nn.Module, engine: Engine, checkpoint: Checkpoint | None) -> Ema | None:
+    """The averages as they were saved, or begun now."""
+    if recipe.run.ema is None:
+        return None
+    ema = Ema(recipe.run.ema, model, {} if checkpoint is None else checkpoint.ema)
+    ema.follow_(engine.trainables)
+    return ema
 
 
-def _give_up_later(files: RunDirectory, step: int) -> None:
-    """Going back to a step gives up the checkpoints after it: they belong to a future that is trained anew."""
-    later = [(s, path) for s, path in checkpoints(files.checkpoints) if s > step]
-    for _, path in later:
-        retire(path)
-    files.event("went back", step=step, given_up=[s for s, _ in later])
+def _sentence(exc: BaseException) -> str:
+    return exc.what if isinstance(exc, ThawlineError) else f"{type(exc).__name__}: {exc}"
 
 
 def _report_left_out(samples: Samples, recipe: Recipe, files: RunDirectory, monitor: Monitor) -> None:

@@ -16,8 +16,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 class StopSignal:
     """While entered, SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 set `reason` in place of ending the process.
 
-    A second Ctrl-C is not waited for: it raises KeyboardInterrupt at once, and the run goes on from its last
-    checkpoint. Outside the main thread, where Python allows no handlers, only the time limit counts.
+    A second Ctrl-C does not wait for the end of the step: it raises KeyboardInterrupt at once. Outside the main thread,
+    where Python allows no handlers, only the time limit counts.
     """
 
     def __init__(self, limit: Span | None) -> None:

@@ -20,6 +20,11 @@ class Batch(Protocol):
 
     def to(self, device: Any) -> Any: ...
 
+    def rows(self, start: int, stop: int) -> Any:
+        """The samples from `start` to `stop`, padded as they are: what a step that does not fit into memory is cut
+        into."""
+        ...
+
 
 class Term(Protocol):
     """One part of the objective over one micro-batch: a sum, its coefficient applied, and what divides it."""

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from thawline.ckpt.formats.pieces import Boxes, Linear, MappedFile, Part, Plan, Planned, TensorInfo, elements, inside
+from thawline.ckpt.formats.mapped import MappedFile, inside
+from thawline.ckpt.formats.pieces import Boxes, Linear, Part, Plan, Planned, TensorInfo, elements
 from thawline.ckpt.formats.torch_archive import open_archive
 from thawline.ckpt.formats.unpickle import TORCH_DTYPES, Inert, Name, TensorRef, unpickle
 from thawline.errors import CheckpointError

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from thawline.ckpt.formats.pieces import MappedFile, Plan, Planned, inside
+from thawline.ckpt.formats.mapped import MappedFile, inside
+from thawline.ckpt.formats.pieces import Plan, Planned
 from thawline.ckpt.formats.safetensors_header import read_header
 from thawline.ckpt.formats.torch_archive import open_archive
 from thawline.errors import CheckpointError

@@ -6,7 +6,8 @@ import json
 import struct
 from pathlib import Path
 
-from thawline.ckpt.formats.pieces import MappedFile, Plan, Planned, inside
+from thawline.ckpt.formats.mapped import MappedFile, inside
+from thawline.ckpt.formats.pieces import Plan, Planned
 from thawline.ckpt.formats.safetensors_header import MAX_HEADER, read_header
 from thawline.errors import CheckpointError
 

@@ -11,7 +11,8 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from thawline.ckpt.formats.pieces import ITEM_BYTES, Linear, MappedFile, Planned, Region, TensorInfo, elements
+from thawline.ckpt.formats.mapped import MappedFile, Region
+from thawline.ckpt.formats.pieces import ITEM_BYTES, Linear, Planned, TensorInfo, elements
 from thawline.errors import CheckpointError
 
 MAX_HEADER: Final = 100_000_000

@@ -16,11 +16,13 @@ from typing import Any, Final
 from blake3 import blake3
 
 from thawline.ckpt import manifest
-from thawline.ckpt.formats.pieces import MappedFile, Plan, Planned
+from thawline.ckpt.formats.mapped import MappedFile
+from thawline.ckpt.formats.pieces import Plan, Planned
 from thawline.ckpt.formats.safetensors_header import MAX_HEADER, read_header
 from thawline.errors import CheckpointError
 
 DELTA: Final = "delta.safetensors"
+AVERAGES: Final = "ema.safetensors"
 KIND: Final = "delta/1"
 _STEP = re.compile(r"step-\d+")
 
@@ -141,6 +143,27 @@ def read_delta(path: Path) -> DeltaPlan:
     if set(plan.digests) != set(tensors):
         raise CheckpointError("tensors and digests are of different names", where=str(path), fix="take it from a copy")
     return plan
+
+
+def read_averages(path: Path) -> tuple[dict[str, Planned], MappedFile]:
+    """The averages (EMA) that a checkpoint keeps beside its weights, every name of tied ones, and their file.
+
+    Raises CheckpointError if the run keeps none.
+    """
+    place = path / AVERAGES
+    if not place.is_file():
+        raise CheckpointError(
+            "keeps no averaged weights: the run has no run.ema",
+            where=str(path),
+            fix="take the weights themselves, or train with run.ema",
+        )
+    file = MappedFile(place)
+    stored, metadata = read_header(file)
+    try:
+        aliases = _texts(json.loads(metadata["aliases"]))
+        return stored | {name: stored[kept].renamed(name, tied_to=kept) for name, kept in aliases.items()}, file
+    except (ValueError, KeyError) as exc:
+        raise CheckpointError(f"damaged: {exc}", where=str(place), fix="use another checkpoint of the run") from exc
 
 
 def plan_alone(delta: DeltaPlan) -> Plan:

@@ -12,18 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from thawline.ckpt.formats.pieces import (
-    ITEM_BYTES,
-    Linear,
-    MappedFile,
-    Part,
-    Planned,
-    Region,
-    Strided,
-    TensorInfo,
-    elements,
-    is_row_major,
-)
+from thawline.ckpt.formats.mapped import MappedFile, Region
+from thawline.ckpt.formats.pieces import ITEM_BYTES, Linear, Part, Planned, Strided, TensorInfo, elements, is_row_major
 from thawline.ckpt.formats.unpickle import StorageRef, TensorRef, unpickle
 from thawline.ckpt.formats.zip_records import read_records
 from thawline.errors import CheckpointError
@@ -144,8 +134,13 @@ def open_archive(path: Path, file: MappedFile | None = None, start: int = 0, len
 
 
 def is_torch_file(head: bytes) -> bool:
-    """Whether the first bytes of a file are those of a torch file."""
-    return head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05")
+    """Whether the first bytes of a file are those of a torch file.
+
+    An old one begins with a pickled number (a frame first, from protocol 4). The third byte tells it from a safetensors
+    file whose header happens to have 640 bytes, which begins 80 02 00.
+    """
+    old = head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and head[2:3] in (b"\x8a", b"\x95")
+    return old or head[:4] == b"PK\x03\x04"
 
 
 def _open_zip(file: MappedFile, start: int, length: int) -> TorchArchive:

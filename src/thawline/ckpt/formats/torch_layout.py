@@ -92,9 +92,9 @@ class TorchLayout:
 
 
 def lay_out(
-    infos: Sequence[TensorInfo], *, dims: Mapping[str, int] | None = None, root: str = "archive"
+    infos: Sequence[TensorInfo], *, key: str = "", dims: Mapping[str, int] | None = None, root: str = "archive"
 ) -> TorchLayout:
-    """Lay out a file that holds a flat state dict, or OpenAI's {"dims", "model_state_dict"} if `dims` are given."""
+    """Lay out a file that holds a flat state dict, by itself or under `key`, with OpenAI's `dims` beside it."""
     numbers: dict[str, int] = {}
     sizes: list[int] = []
     for info in infos:
@@ -104,7 +104,7 @@ def lay_out(
         else:
             numbers[info.name] = len(sizes)
             sizes.append(info.nbytes)
-    program = _pickle(infos, numbers, dims)
+    program = _pickle(infos, numbers, key, dims)
     contents: list[tuple[str, int, bytes | None]] = [
         ("data.pkl", len(program), program),
         (".format_version", 1, b"1"),
@@ -157,18 +157,21 @@ def _central_header(record: Record, crc: int) -> bytes:
 # --- the pickle, protocol 2 ---
 
 
-def _pickle(infos: Sequence[TensorInfo], numbers: Mapping[str, int], dims: Mapping[str, int] | None) -> bytes:
+def _pickle(infos: Sequence[TensorInfo], numbers: Mapping[str, int], key: str, dims: Mapping[str, int] | None) -> bytes:
     out = bytearray(b"\x80\x02")
-    if dims is not None:
-        out += b"}(" + _text("dims") + b"}("
-        for key, value in dims.items():
-            out += _text(key) + _number(value)
-        out += b"u" + _text("model_state_dict")
+    if key:
+        out += b"}("
+        if dims is not None:
+            out += _text("dims") + b"}("
+            for name, value in dims.items():
+                out += _text(name) + _number(value)
+            out += b"u"
+        out += _text(key)
     out += b"ccollections\nOrderedDict\n)R("
     for info in infos:
         out += _text(info.name) + _tensor(info, numbers[info.name])
     out += b"u"
-    if dims is not None:
+    if key:
         out += b"u"
     return bytes(out + b".")
 

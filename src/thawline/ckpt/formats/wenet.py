@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Final
 
-from thawline.ckpt.formats.pieces import inside
+from thawline.ckpt.formats.mapped import inside
 from thawline.errors import CheckpointError
 
 SIDECARS: Final = (

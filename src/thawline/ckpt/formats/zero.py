@@ -16,26 +16,14 @@ after another, hold those pieces. Shards that do not belong together (counts, st
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from thawline.ckpt.formats.pieces import (
-    ITEM_BYTES,
-    Linear,
-    Part,
-    Plan,
-    Planned,
-    TensorInfo,
-    chunks,
-    elements,
-    inside,
-    regions,
-)
-from thawline.ckpt.formats.torch_archive import TorchArchive, open_archive
+from thawline.ckpt.formats.pieces import ITEM_BYTES, Linear, Part, Plan, Planned, TensorInfo, chunks, elements, regions
 from thawline.ckpt.formats.unpickle import Inert, TensorRef
+from thawline.ckpt.formats.zero_shards import Shards, choose, is_tag, sidecars, tags_of
 from thawline.errors import CheckpointError
 
 MASTER: Final = "master weights"
@@ -43,16 +31,10 @@ MODULE: Final = "module"
 FROZEN: Final = "frozen fragment"
 BUFFER: Final = "buffer"
 
-_MAX_RANKS: Final = 1 << 20
-
-_OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
-_OTHER_PARALLEL = re.compile(r"(?:layer_\d+-model_|expert_\d+_|layer_\d+_expert_).*\.pt")
-
 
 def looks_like(path: Path) -> bool:
     """Whether a folder is a DeepSpeed checkpoint, or the folder of one tag."""
-    return path.is_dir() and ((path / "latest").is_file() or _is_tag(path) or bool(_tags(path)))
+    return path.is_dir() and ((path / "latest").is_file() or is_tag(path) or bool(tags_of(path)))
 
 
 def plan(path: Path, *, tag: str | None = None) -> Plan:
@@ -61,8 +43,8 @@ def plan(path: Path, *, tag: str | None = None) -> Plan:
     tag: which of several checkpoints below `path`; without it the file `latest` says, or there is only one.
     Raises CheckpointError if shards are missing, damaged, or come from different runs.
     """
-    folder, notes = _choose(path, tag)
-    shards = _Shards.open(folder)
+    folder, notes = choose(path, tag)
+    shards = Shards.open(folder)
     stage, how = shards.stage, f"zero-{shards.stage} ({shards.world} ranks)"
     if shards.universal:
         tensors, not_held = _universal(shards)
@@ -90,252 +72,31 @@ def plan(path: Path, *, tag: str | None = None) -> Plan:
         files=tuple(archive.file for archive in shards.archives()),
         notes=tuple(notes),
         not_held=not_held,
-        sidecars=_sidecars(folder),
+        sidecars=sidecars(folder),
         widen=True,
     )
 
 
-# --- which folder ---
+def moments(path: Path) -> tuple[dict[str, Planned], int]:
+    """Adam's moments of what trained under stage 1, 2 or 3, as "<parameter>/exp_avg" and "<parameter>/exp_avg_sq", and
+    how many updates they have seen.
 
-
-def _is_tag(folder: Path) -> bool:
-    try:
-        return any(_MODEL.fullmatch(entry.name) for entry in folder.iterdir())
-    except OSError:
-        return False
-
-
-def _tags(path: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in path.iterdir() if entry.is_dir() and _is_tag(entry))
-    except OSError:
-        return []
-
-
-def _choose(path: Path, tag: str | None) -> tuple[Path, list[str]]:
-    if tag is None and _is_tag(path):
-        return path, []
-    tags = _tags(path)
-    listed = ", ".join(tags) or "none"
-    if tag is not None:
-        if tag not in tags:
-            raise CheckpointError(f"has no checkpoint {tag!r}", where=str(path), fix=f"choose one of: {listed}")
-        return inside(path, tag), []
-    latest = path / "latest"
-    if latest.is_file():
-        with open(latest, "rb") as file:
-            named = file.read(4096).decode("utf-8", "replace").strip()
-        if named in ("", ".", "..") or "/" in named or "\\" in named or "\0" in named:
-            raise CheckpointError(
-                f"the file 'latest' does not name a folder: {named!r}", where=str(path), fix=f"ask for a tag: {listed}"
-            )
-        folder = inside(path, named)
-        if named in tags:
-            return folder, []
-        raise CheckpointError(
-            f"the file 'latest' names {named!r}, which is not there", where=str(path), fix=f"ask for a tag: {listed}"
+    ZeRO keeps them in flat tensors beside the flat masters, cut as those are. Raises CheckpointError where there are
+    none, besides what `plan` raises.
+    """
+    shards = Shards.open(choose(path, None)[0])
+    if shards.stage == 0 or not shards.optim:
+        raise shards.bad(
+            "holds no moments cut as its master weights are", fix="ZeRO 1, 2 or 3 with its *_optim_states.pt has them"
         )
-    if len(tags) == 1:
-        return inside(path, tags[0]), [f"the file 'latest' is missing; there is one checkpoint, {tags[0]!r}"]
-    raise CheckpointError(
-        "the file 'latest' is missing and several checkpoints are there"
-        if tags
-        else "no DeepSpeed checkpoint is in this folder",
-        where=str(path),
-        fix=f"ask for a tag: {listed}",
-    )
-
-
-def _sidecars(folder: Path) -> dict[str, Path]:
-    """The configuration that WeNet writes beside a DeepSpeed folder: EXP/TAG.yaml or EXP/train.yaml."""
-    for candidate in (folder.parent / f"{folder.name}.yaml", folder.parent / "train.yaml"):
-        if candidate.is_file():
-            return {"train.yaml": candidate}
-    return {}
-
-
-# --- the shards ---
-
-
-@dataclass(frozen=True, slots=True)
-class _Shards:
-    folder: Path
-    model: tuple[TorchArchive, ...]
-    optim: tuple[TorchArchive, ...]
-    stage: int
-    universal: Mapping[str, TorchArchive]
-
-    @property
-    def world(self) -> int:
-        """Number of ranks that wrote the checkpoint."""
-        value = self.state("dp_world_size")
-        if value is None:
-            return max(len(self.optim), 1)
-        if type(value) is not int or not 1 <= value <= _MAX_RANKS:
-            raise self.bad(f"states {value!r} ranks", self.model[0].file.path)
-        return value
-
-    def archives(self) -> tuple[TorchArchive, ...]:
-        return (*self.model, *self.optim, *self.universal.values())
-
-    def state(self, key: str) -> Any:
-        """An entry of rank 0's model states."""
-        return self.model[0].value.get(key)
-
-    def optimizer(self, rank: int) -> Mapping[str, Any]:
-        state = self.optim[rank].value.get("optimizer_state_dict")
-        if not isinstance(state, dict):
-            raise self.bad("has no optimizer state", self.optim[rank].file.path)
-        return state
-
-    def bad(self, what: str, path: Path | None = None, fix: str = "") -> CheckpointError:
-        return CheckpointError(
-            what,
-            where=str(path or self.folder),
-            fix=fix or "use another checkpoint; the training run itself goes on from its own files",
-        )
-
-    @classmethod
-    def open(cls, folder: Path) -> _Shards:
-        model, optim, others = _listing(folder)
-        if others:
-            raise CheckpointError(
-                f"holds model-parallel or mixture-of-experts files ({others[0]}), which are not supported",
-                where=str(folder),
-                fix="merge them with the tools of the framework that wrote them",
-            )
-        if not model:
-            raise CheckpointError("has no model states", where=str(folder), fix="copy the folder again")
-        models = tuple(_open_shard(folder, model[rank]) for rank in sorted(model))
-        optims = tuple(_open_shard(folder, optim[rank]) for rank in sorted(optim))
-        universal = {} if optim else _open_universal(folder)
-        per_rank = any(name.startswith("zero_pp_rank_") for name in model.values())
-        stage = (3 if per_rank else 2) if universal else _stage(models[0], optims)
-        shards = cls(folder, models, optims, stage, universal)
-        shards._check(sorted(model), sorted(optim))
-        return shards
-
-    def _check(self, model_ranks: Sequence[int], optim_ranks: Sequence[int]) -> None:
-        """Refuse shards that are incomplete or do not belong together."""
-        world = self.world
-        wanted = list(range(world))
-        if self.stage > 0 and not self.universal and list(optim_ranks) != wanted:
-            raise self.bad(
-                f"was written by {world} ranks; optimizer shards (*_optim_states.pt) are there of "
-                f"{_ranks(optim_ranks)}{_missing(wanted, optim_ranks)}",
-                fix="bring the missing shards back; without them the masters are not whole",
-            )
-        if self.stage == 3 and list(model_ranks) != wanted:
-            raise self.bad(
-                f"was written by {world} ranks; model shards (*_model_states.pt) are there of "
-                f"{_ranks(model_ranks)}{_missing(wanted, model_ranks)}",
-                fix="bring the missing shards back; without them frozen parameters are not whole",
-            )
-        if self.state("mp_world_size") not in (None, 1):
-            raise self.bad(
-                f"was written with {self.state('mp_world_size')} model-parallel ranks, which is not supported"
-            )
-        for key in ("param_shapes", "frozen_param_shapes", "global_steps", "dp_world_size", "ds_version"):
-            for archive in self.model[1:]:
-                mine, theirs = _plain(archive.value.get(key)), _plain(self.state(key))
-                if mine and theirs and mine != theirs:  # some versions fill in only rank 0's
-                    raise self.bad(
-                        f"does not belong to the same run as {self.model[0].file.path.name}: {key} differs",
-                        archive.file.path,
-                    )
-        for rank, archive in enumerate(self.optim):
-            self._check_optimizer(rank, archive.file.path)
-
-    def _check_optimizer(self, rank: int, path: Path) -> None:
-        first, state = self.optimizer(0), self.optimizer(rank)
-        other = f"does not belong to the same run as {self.optim[0].file.path.name}"
-        counts = state.get("partition_count")
-        listed = counts if isinstance(counts, list) else [counts]
-        if any(count != self.world for count in listed if count is not None):
-            raise self.bad(f"states partition counts {counts}, the checkpoint has {self.world} ranks", path)
-        if _enum(state.get("zero_stage")) != _enum(first.get("zero_stage")):
-            raise self.bad(f"{other}: the ZeRO stage differs", path)
-        for archive, what in ((self.optim[0], "ds_version"), (self.optim[0], "ds_config")):
-            if _plain(self.optim[rank].value.get(what)) != _plain(archive.value.get(what)):
-                raise self.bad(f"{other}: {what} differs", path)
-        for group in state.get("ds_zero_partition_groups") or ():
-            if not isinstance(group, dict) or group.get("partition_count", self.world) != self.world:
-                raise self.bad("is partitioned differently per group, which is not supported", path)
-        mine, theirs = list(self._steps(rank)), list(self._steps(0))
-        if mine != theirs:
-            raise self.bad(f"{other}: optimizer steps {_brief(mine)} against {_brief(theirs)}", path)
-
-    def _steps(self, rank: int) -> Iterator[float | None]:
-        """The optimizer's step counters on one rank."""
-        state = self.optimizer(rank)
-        base = state.get("base_optimizer_state") or state.get("optimizer_state_dict")
-        entries = base.get("state") if isinstance(base, dict) else base
-        values = entries.values() if isinstance(entries, dict) else entries if isinstance(entries, list) else ()
-        for entry in values:
-            if isinstance(entry, dict) and "step" in entry:
-                yield self.optim[rank].scalar(entry["step"])
-
-
-def _listing(folder: Path) -> tuple[dict[int, str], dict[int, str], list[str]]:
-    model: dict[int, str] = {}
-    optim: dict[int, str] = {}
-    others: list[str] = []
-    for name in sorted(entry.name for entry in folder.iterdir()):
-        if match := _OPTIM.fullmatch(name):
-            found, rank, parallel = optim, int(match[1]), int(match[2])
-        elif match := _MODEL.fullmatch(name):
-            found, rank, parallel = model, int(match[1] or 0), int(match[2])
-        elif _OTHER_PARALLEL.fullmatch(name):
-            others.append(name)
-            continue
-        else:
-            continue
-        if parallel:
-            others.append(name)
-        elif rank in found:
-            raise CheckpointError(
-                f"has two shards of rank {rank}: {found[rank]} and {name}",
-                where=str(folder),
-                fix="keep the files of one run only",
-            )
-        else:
-            found[rank] = name
-    return model, optim, others
-
-
-def _open_shard(folder: Path, name: str) -> TorchArchive:
-    archive = open_archive(inside(folder, name))
-    if not isinstance(archive.value, dict):
-        raise CheckpointError("is no DeepSpeed shard", where=archive.where, fix="copy the file again")
-    return archive
-
-
-def _open_universal(folder: Path) -> dict[str, TorchArchive]:
-    """The masters of a universal checkpoint by name; empty if it is none."""
-    zero = folder / "zero"
-    if not zero.is_dir():
-        return {}
-    names = sorted(entry.name for entry in zero.iterdir() if (entry / "fp32.pt").is_file())
-    return {name: open_archive(inside(folder, f"zero/{name}/fp32.pt")) for name in names}
-
-
-def _stage(model: TorchArchive, optims: Sequence[TorchArchive]) -> int:
-    for archive in optims:
-        state = archive.value.get("optimizer_state_dict")
-        found = _enum(state.get("zero_stage")) if isinstance(state, dict) else None
-        if type(found) is int and found in (1, 2, 3):
-            return found
-        raise CheckpointError(f"states the ZeRO stage {found!r}", where=archive.where, fix="copy the file again")
-    config = model.value.get("ds_config")
-    zero = config.get("zero_optimization") if isinstance(config, dict) else None
-    stated = zero.get("stage", 0) if isinstance(zero, dict) else 0
-    if stated in (1, 2, 3):
-        raise CheckpointError(
-            f"is a ZeRO-{stated} checkpoint without any optimizer shard, where its full-precision weights are",
-            where=str(model.file.path.parent),
-            fix="bring the *_optim_states.pt files back",
-        )
-    return 0
+    cut = _cut_pieces if shards.stage == 3 else _cut_groups
+    entries = [shards.entries(rank) for rank in range(shards.world)]
+    found: dict[str, Planned] = {}
+    for key in ("exp_avg", "exp_avg_sq"):
+        flats = [_flat(shards, rank, key, [entry.get(key) for entry in own]) for rank, own in enumerate(entries)]
+        found |= {f"{name}/{key}": tensor.renamed(f"{name}/{key}") for name, tensor in cut(shards, flats).items()}
+    updates = max((step for step in shards.steps(0) if step is not None), default=0)
+    return found, int(updates)
 
 
 # --- stages ---
@@ -343,7 +104,7 @@ def _stage(model: TorchArchive, optims: Sequence[TorchArchive]) -> int:
 _Result = tuple[dict[str, Planned], dict[str, str]]
 
 
-def _stage_0(shards: _Shards, notes: list[str]) -> _Result:
+def _stage_0(shards: Shards, notes: list[str]) -> _Result:
     """Everything is in `module`; a half-precision run keeps masters in lists without names, found by their rounding."""
     archive = shards.model[0]
     tensors = _module(shards)
@@ -388,11 +149,31 @@ def _stage_0(shards: _Shards, notes: list[str]) -> _Result:
     return tensors, {}
 
 
-def _stage_1_or_2(shards: _Shards) -> _Result:
-    masters: dict[str, Planned] = {}
+def _stage_1_or_2(shards: Shards) -> _Result:
+    masters = _cut_groups(shards, _flat_masters(shards))
+    tensors = _module(shards)
+    not_held: dict[str, str] = {}
+    frozen = _frozen_whole(shards, not_held)
+    found = _complete(shards, tensors, masters, frozen)
+    _check_module(shards, tensors, masters)
+    return found, not_held
+
+
+def _stage_3(shards: Shards) -> _Result:
+    not_held: dict[str, str] = {}
+    masters = _cut_pieces(shards, _flat_masters(shards))
+    return _complete(shards, _module(shards), masters, _frozen_pieces(shards, not_held)), not_held
+
+
+_PerRank = Sequence[Sequence[Planned]]
+"""The flat tensors of every rank: masters, or the moments beside them."""
+
+
+def _cut_groups(shards: Shards, per_rank: _PerRank) -> dict[str, Planned]:
+    """Stages 1 and 2: what flat tensors hold of each parameter that trains."""
+    found: dict[str, Planned] = {}
     for group, shapes in enumerate(_shape_groups(shards)):
         runs = _Runs()
-        per_rank = [_flat_groups(shards, rank, "single_partition_of_fp32_groups") for rank in range(shards.world)]
         for rank, flats in enumerate(per_rank):
             if group >= len(flats):
                 raise shards.bad(f"has {len(flats)} groups, the model states list more", shards.optim[rank].file.path)
@@ -401,7 +182,7 @@ def _stage_1_or_2(shards: _Shards) -> _Result:
         paddings = shards.optimizer(0).get("param_alignment_paddings")
         for index, (name, shape) in enumerate(shapes.items()):
             count = elements(shape, where=str(shards.folder))
-            masters[name] = _planned(name, runs.dtype, shape, runs.cut(position, count, name, shards), MASTER)
+            found[name] = _planned(name, runs.dtype, shape, runs.cut(position, count, name, shards), MASTER)
             position += count
             if isinstance(paddings, list) and group < len(paddings) and isinstance(paddings[group], list):
                 position += _whole(paddings[group][index]) if index < len(paddings[group]) else 0
@@ -412,22 +193,18 @@ def _stage_1_or_2(shards: _Shards) -> _Result:
                 "from this run"
             )
         _check_slices(shards, group, shapes, per_rank)
-    tensors = _module(shards)
-    not_held: dict[str, str] = {}
-    frozen = _frozen_whole(shards, not_held)
-    found = _complete(shards, tensors, masters, frozen)
-    _check_module(shards, tensors, masters)
-    return found, not_held
+    return found
 
 
-def _stage_3(shards: _Shards) -> _Result:
+def _cut_pieces(shards: Shards, per_rank: _PerRank) -> dict[str, Planned]:
+    """Stage 3: the same, where every rank holds a piece of every parameter."""
     ranks = []
-    for rank in range(shards.world):
+    for flats in per_rank:
         runs = _Runs()
-        for flat in _flat_groups(shards, rank, "fp32_flat_groups"):
+        for flat in flats:
             runs.add(flat)
         ranks.append(runs)
-    masters: dict[str, Planned] = {}
+    found: dict[str, Planned] = {}
     position = 0
     for shapes in _shape_groups(shards):
         for name, shape in shapes.items():
@@ -437,7 +214,7 @@ def _stage_3(shards: _Shards) -> _Result:
             for rank, runs in enumerate(ranks):
                 own = max(min(piece, count - rank * piece), 0)
                 parts += runs.cut(position, own, name, shards)
-            masters[name] = _planned(name, ranks[0].dtype, shape, tuple(parts), MASTER)
+            found[name] = _planned(name, ranks[0].dtype, shape, tuple(parts), MASTER)
             position += piece
     for rank, runs in enumerate(ranks):
         if runs.total != position:
@@ -445,11 +222,10 @@ def _stage_3(shards: _Shards) -> _Result:
                 f"has {runs.total} master elements, the parameters need {position}: the shards are not from this run",
                 shards.optim[rank].file.path,
             )
-    not_held: dict[str, str] = {}
-    return _complete(shards, _module(shards), masters, _frozen_pieces(shards, not_held)), not_held
+    return found
 
 
-def _universal(shards: _Shards) -> _Result:
+def _universal(shards: Shards) -> _Result:
     """Masters whole, one file each; frozen parameters and buffers in the copied model states."""
     masters: dict[str, Planned] = {}
     for shapes in _shape_groups(shards):
@@ -486,7 +262,7 @@ class _Runs:
             self.total += part.count
         self.dtype = flat.info.dtype
 
-    def cut(self, start: int, count: int, name: str, shards: _Shards) -> tuple[Linear, ...]:
+    def cut(self, start: int, count: int, name: str, shards: Shards) -> tuple[Linear, ...]:
         """Where elements [start, start + count) lie."""
         if start + count > self.total:
             raise shards.bad(f"parameter {name!r} needs master elements up to {start + count}, there are {self.total}")
@@ -502,7 +278,7 @@ class _Runs:
 # --- parts of the states ---
 
 
-def _module(shards: _Shards) -> dict[str, Planned]:
+def _module(shards: Shards) -> dict[str, Planned]:
     module = shards.state("module")
     if not isinstance(module, dict):
         raise shards.bad("has no module", shards.model[0].file.path)
@@ -512,7 +288,7 @@ def _module(shards: _Shards) -> dict[str, Planned]:
     return {name: t.renamed(name, origin=BUFFER) if name in named else t for name, t in tensors.items()}
 
 
-def _shape_groups(shards: _Shards) -> list[dict[str, tuple[int, ...]]]:
+def _shape_groups(shards: Shards) -> list[dict[str, tuple[int, ...]]]:
     groups = shards.state("param_shapes")
     if isinstance(groups, dict):
         groups = [groups]
@@ -526,21 +302,25 @@ def _shape_groups(shards: _Shards) -> list[dict[str, tuple[int, ...]]]:
     return found
 
 
-def _groups(value: Any, shards: _Shards) -> list[Any]:
+def _groups(value: Any, shards: Shards) -> list[Any]:
     if not isinstance(value, list | tuple):
         raise shards.bad("states no parameter groups", shards.model[0].file.path)
     return list(value)
 
 
-def _flat_groups(shards: _Shards, rank: int, key: str) -> list[Planned]:
+def _flat_masters(shards: Shards) -> _PerRank:
+    key = "fp32_flat_groups" if shards.stage == 3 else "single_partition_of_fp32_groups"
+    return [_flat(shards, rank, key, shards.optimizer(rank).get(key)) for rank in range(shards.world)]
+
+
+def _flat(shards: Shards, rank: int, key: str, flats: object) -> list[Planned]:
     archive = shards.optim[rank]
-    flats = shards.optimizer(rank).get(key)
     if not isinstance(flats, list) or not all(isinstance(flat, TensorRef) for flat in flats):
         raise shards.bad(f"has no {key}", archive.file.path)
     return [archive.plan(f"{key}[{i}]", flat, MASTER) for i, flat in enumerate(flats)]
 
 
-def _frozen_shapes(shards: _Shards) -> dict[str, tuple[int, ...]]:
+def _frozen_shapes(shards: Shards) -> dict[str, tuple[int, ...]]:
     shapes = shards.state("frozen_param_shapes")
     if shapes is None:
         return {}
@@ -554,7 +334,7 @@ def _frozen_shapes(shards: _Shards) -> dict[str, tuple[int, ...]]:
 _NOT_SAVED: Final = "frozen, and left out when the checkpoint was saved (exclude_frozen_parameters)"
 
 
-def _frozen_whole(shards: _Shards, not_held: dict[str, str]) -> dict[str, Planned]:
+def _frozen_whole(shards: Shards, not_held: dict[str, str]) -> dict[str, Planned]:
     """Frozen parameters under stage 2: whole tensors of rank 0."""
     fragments = shards.state("frozen_param_fragments") or {}
     found = {}
@@ -570,7 +350,7 @@ def _frozen_whole(shards: _Shards, not_held: dict[str, str]) -> dict[str, Planne
     return found
 
 
-def _frozen_pieces(shards: _Shards, not_held: dict[str, str]) -> dict[str, Planned]:
+def _frozen_pieces(shards: Shards, not_held: dict[str, str]) -> dict[str, Planned]:
     """Frozen parameters under stage 3: every rank holds ceil(n / N) elements, the last ones padded."""
     found = {}
     for name, shape in _frozen_shapes(shards).items():
@@ -599,7 +379,7 @@ def _frozen_pieces(shards: _Shards, not_held: dict[str, str]) -> dict[str, Plann
 
 
 def _complete(
-    shards: _Shards, module: dict[str, Planned], masters: dict[str, Planned], frozen: dict[str, Planned]
+    shards: Shards, module: dict[str, Planned], masters: dict[str, Planned], frozen: dict[str, Planned]
 ) -> dict[str, Planned]:
     """All tensors in the module's order: masters, frozen fragments, ties, buffers, and what only the module has."""
     shared = shards.state("shared_params")
@@ -629,7 +409,7 @@ def _complete(
 
 
 def _check_slices(
-    shards: _Shards, group: int, shapes: Mapping[str, tuple[int, ...]], per_rank: Sequence[Sequence[Planned]]
+    shards: Shards, group: int, shapes: Mapping[str, tuple[int, ...]], per_rank: Sequence[Sequence[Planned]]
 ) -> None:
     """Compare the cut with what every rank recorded about it (`param_slice_mappings`), where it did."""
     paddings = shards.optimizer(0).get("param_alignment_paddings")
@@ -663,14 +443,16 @@ def _check_slices(
 
 
 _PROBE: Final = 256
+_PROBES: Final = 16
 
 
-def _check_module(shards: _Shards, module: Mapping[str, Planned], masters: Mapping[str, Planned]) -> None:
+def _check_module(shards: Shards, module: Mapping[str, Planned], masters: Mapping[str, Planned]) -> None:
     """The module holds the roundings of the masters: the first elements of each tensor show shards of another run."""
-    for name, master in masters.items():
-        twin = module.get(name)
+
+    def check(name: str) -> None:
+        master, twin = masters[name], module.get(name)
         if twin is None or twin.info.dtype not in ("F32", "BF16", "F16") or master.info.dtype != "F32":
-            continue
+            return
         if twin.info.shape != master.info.shape:
             raise shards.bad(
                 f"parameter {name!r} has shape {twin.info.shape} in the module, {master.info.shape} in the shards"
@@ -682,6 +464,10 @@ def _check_module(shards: _Shards, module: Mapping[str, Planned], masters: Mappi
                 f"the master weights of {name!r} do not round to the module's values: model states and optimizer "
                 "shards come from different runs or steps"
             )
+
+    # Each looks at two far places of cold files: side by side they wait for the disk together.
+    with ThreadPoolExecutor(_PROBES) as pool:
+        list(pool.map(check, masters))
 
 
 def _rounded(tensor: Planned, dtype: str, limit: int | None = None) -> object:
@@ -709,33 +495,5 @@ def _planned(name: str, dtype: str, shape: tuple[int, ...], parts: tuple[Part, .
     return Planned(info=TensorInfo(name=name, dtype=dtype, shape=tuple(shape), origin=origin), parts=parts)
 
 
-def _enum(value: Any) -> Any:
-    return value.args[0] if isinstance(value, Inert) and value.args else value
-
-
-def _plain(value: Any) -> Any:
-    """A value that compares by content: inert objects compare by identity."""
-    if isinstance(value, Inert):
-        return str(value.name), _plain(list(value.args)), _plain(value.state)
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
 def _whole(value: Any) -> int:
     return value if type(value) is int and value >= 0 else 0
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"ranks {', '.join(map(str, ranks))}" if ranks else "none"
-
-
-def _missing(wanted: Sequence[int], have: Sequence[int]) -> str:
-    missing = sorted(set(wanted) - set(have))
-    return f"; rank {', '.join(map(str, missing))} is missing" if missing else ""
-
-
-def _brief(steps: Sequence[float | None]) -> str:
-    return ", ".join(sorted({"unknown" if step is None else f"{step:g}" for step in steps})) or "none"

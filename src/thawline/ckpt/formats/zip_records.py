@@ -12,7 +12,7 @@ import struct
 from itertools import pairwise
 from typing import Final
 
-from thawline.ckpt.formats.pieces import MappedFile, Region
+from thawline.ckpt.formats.mapped import MappedFile, Region
 from thawline.errors import CheckpointError
 
 _END: Final = struct.Struct("<4s4H2LH")

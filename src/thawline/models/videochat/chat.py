@@ -1,7 +1,7 @@
 """One answer to one question about clips: token after token, with nothing random that is not asked for.
 
-The prompt's wording is the caller's (`data.conversation.Template.prompt`); here it becomes tokens around the clips'
-visual tokens, and the language model goes on from there. The first token is bos with its true embedding, as in
+The prompt's wording is the caller's (`data.conversation_templates.Template.prompt`); here it becomes tokens around the
+clips' visual tokens, and the language model goes on from there. The first token is bos with its true embedding, as in
 upstream's demos, whatever training wrote in its place.
 """
 

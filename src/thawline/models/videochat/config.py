@@ -232,18 +232,8 @@ def from_upstream(
 
     Raises RecipeError for a key that neither shapes the network nor is known to have no effect on it.
     """
-    _refuse_unknown(model, _MODEL_KEYS | _WITHOUT_EFFECT, "the model section")
-    seen = dict(model.get("vision_encoder", {}))
-    _refuse_unknown(seen, frozenset(_VISION_KEYS) | _VISION_WITHOUT_EFFECT | {"use_checkpoint"}, "vision_encoder")
-    if int(seen.get("ckpt_num_frame", 4)) != 4:
-        raise RecipeError(
-            f"ckpt_num_frame {seen['ckpt_num_frame']} has no effect upstream: its position table is always that of 4",
-            fix="set ckpt_num_frame: 4, or leave it out",
-        )
-    vision = {field: seen[key] for key, field in _VISION_KEYS.items() if key in seen and field}
-    if not seen.get("use_checkpoint", False):
-        vision["checkpoint_blocks"] = 0
-    sizes = {field: bert[key] for key, field in _BERT_KEYS.items() if key in bert} if bert is not None else {}
+    refuse_unknown(model, _MODEL_KEYS | _WITHOUT_EFFECT, "the model section")
+    sizes = bert_sizes(bert) if bert is not None else {}
     rows = vocab_size if vocab_size is not None else int(dict(bert or {}).get("vocab_size", 30522)) + 1
     qformer = {field: model[key] for key, field in _QFORMER_KEYS.items() if key in model}
     qformer.setdefault("extra_queries", 32)
@@ -259,7 +249,7 @@ def from_upstream(
     tiles = None
     if "_hd_" in str(model.get("model_cls", "")):
         hd = dict(model.get("dynamic_config") or {})
-        _refuse_unknown(hd, frozenset({"local_size", "hd_num", "padding", "add_global"}), "dynamic_config")
+        refuse_unknown(hd, frozenset({"local_size", "hd_num", "padding", "add_global"}), "dynamic_config")
         tiles = TileConfig(
             size=int(hd.get("local_size", 224)),
             max_tiles=int(hd.get("hd_num", 6)),
@@ -268,7 +258,7 @@ def from_upstream(
         )
     return VideoChatConfig(
         family=family,
-        vision=VisionConfig(**vision),
+        vision=vision_from_upstream(model.get("vision_encoder", {})),
         qformer=QFormerConfig(**sizes, **qformer, vocab_size=rows, padding="right" if family == "vicuna" else "left"),
         lora=lora,
         max_text_tokens=int(model.get("max_txt_len", 32)),
@@ -312,7 +302,27 @@ _MODEL_KEYS = frozenset(_QFORMER_KEYS) | {
 }  # fmt: skip
 
 
-def _refuse_unknown(given: Mapping[str, Any], known: frozenset[str], what: str) -> None:
+def vision_from_upstream(section: Mapping[str, Any]) -> VisionConfig:
+    """What upstream's `vision_encoder` section means. Raises RecipeError for an unknown key."""
+    refuse_unknown(section, frozenset(_VISION_KEYS) | _VISION_WITHOUT_EFFECT | {"use_checkpoint"}, "vision_encoder")
+    if int(section.get("ckpt_num_frame", 4)) != 4:
+        raise RecipeError(
+            f"ckpt_num_frame {section['ckpt_num_frame']} has no effect upstream: its position table is always that of "
+            "4",
+            fix="set ckpt_num_frame: 4, or leave it out",
+        )
+    vision = {field: section[key] for key, field in _VISION_KEYS.items() if key in section and field}
+    if not section.get("use_checkpoint", False):
+        vision["checkpoint_blocks"] = 0
+    return VisionConfig(**vision)
+
+
+def bert_sizes(bert: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `QFormerConfig` that a BERT config.json gives."""
+    return {field: bert[key] for key, field in _BERT_KEYS.items() if key in bert}
+
+
+def refuse_unknown(given: Mapping[str, Any], known: frozenset[str], what: str) -> None:
     for key in given:
         if key not in known:
             near = difflib.get_close_matches(str(key), sorted(known), n=1)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -152,16 +152,20 @@ class ChatTokenizer:
 class InstructionTokenizer:
     """The Q-Former's tokenizer: BERT's word pieces, with `[DEC]` added (`init_tokenizer` in blip2.py).
 
-    Instructions longer than `max_tokens` lose their beginning, as upstream (`truncation_side="left"`).
+    Instructions longer than `max_tokens` lose their beginning, as upstream (`truncation_side="left"`); the captions of
+    stage 1 lose their end (`cut="right"`).
     """
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
         self._tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.pad_id: int = tokenizer.pad_token_id
+        self.dec_id: int = tokenizer.bos_token_id
 
     @classmethod
-    def load(cls, folder: Path, *, max_tokens: int = 512) -> InstructionTokenizer:
+    def load(
+        cls, folder: Path, *, max_tokens: int = 512, cut: Literal["left", "right"] = "left"
+    ) -> InstructionTokenizer:
         """Raises CheckpointError where the directory has no BERT vocabulary."""
         if not (folder / "vocab.txt").is_file() and not (folder / "tokenizer.json").is_file():
             raise CheckpointError(
@@ -170,7 +174,7 @@ class InstructionTokenizer:
                 fix="give bert-base-uncased's directory (vocab.txt, config.json)",
             )
         transformers = need("transformers", extra="hf")
-        tokenizer = transformers.BertTokenizer.from_pretrained(folder, truncation_side="left", local_files_only=True)
+        tokenizer = transformers.BertTokenizer.from_pretrained(folder, truncation_side=cut, local_files_only=True)
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         return cls(tokenizer, max_tokens)
 

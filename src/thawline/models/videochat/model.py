@@ -2,7 +2,7 @@
 
 Names of modules and tensors are upstream's (`video_chat2/models/videochat_*/videochat2_{pt,it,it_hd}_*.py`), which
 differ by family: `mistral_model`, `llama_model`, `phi_model`, `mistral_proj`, ... The model computes; text becomes
-numbers before it (`data.conversation`), and which parameters train is a plan's business (`switches`).
+numbers before it (`data.conversation_tokens`), and which parameters train is a plan's business (`switches`).
 """
 
 from __future__ import annotations

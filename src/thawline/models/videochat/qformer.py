@@ -1,9 +1,9 @@
-"""VideoChat2's Q-Former: BERT with query vectors that attend to the frames, and the instruction's words beside them.
+"""VideoChat2's Q-Former: BERT with query vectors that attend to the frames, and words beside them or alone.
 
 Names of modules and tensors are those of `video_chat2/models/blip2/Qformer.py` (BLIP-2's, Li et al. 2023), so that its
 checkpoints load as they are. What upstream deletes after building (`cls`, and without text input the words' embeddings
-and feed-forward) is not built here. transformers' InstructBlipVideoQFormerModel computes the same numbers under two
-renamings; the tests hold the two against each other.
+and feed-forward) is not built here; stage 1, which needs `cls`, adds it (`alignment`). transformers'
+InstructBlipVideoQFormerModel computes the same numbers under two renamings; the tests hold the two against each other.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Embeddings(nn.Module):
         # A constant, but every upstream checkpoint holds it.
         self.register_buffer("position_ids", torch.arange(config.max_positions)[None])
 
-    def forward(self, queries: Tensor, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor:
+    def forward(self, queries: Tensor | None, text_ids: Tensor | None, text_mask: Tensor | None) -> Tensor:
         x = queries
         if text_ids is not None:
             assert self.word_embeddings is not None
@@ -49,7 +49,7 @@ class Embeddings(nn.Module):
             else:
                 places = self.position_ids[:, : text_ids.shape[1]]
             words: Tensor = self.word_embeddings(text_ids) + self.position_embeddings(places)
-            x = torch.cat((queries, words), dim=1)
+            x = words if queries is None else torch.cat((queries, words), dim=1)
         return self.dropout(self.LayerNorm(x))  # type: ignore[no-any-return]
 
 
@@ -109,7 +109,10 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self attention over queries and words; the queries then see the frames; each kind has its own feed-forward."""
+    """Self attention over queries and words; the queries then see the frames; each kind has its own feed-forward.
+
+    With `n_queries` 0 there are words alone, and no frames. `before` are vectors that are attended to and not changed.
+    """
 
     crossattention: Attention | None
     intermediate: Intermediate | None
@@ -126,17 +129,25 @@ class Layer(nn.Module):
         self.intermediate_query = Intermediate(config)
         self.output_query = Output(config, inner, drop_path)
 
-    def forward(self, x: Tensor, mask: Tensor | None, vision: Tensor, n_queries: int) -> Tensor:
-        x = self.attention(x, x, mask)
+    def forward(
+        self, x: Tensor, mask: Tensor | None, vision: Tensor | None, n_queries: int, before: Tensor | None = None
+    ) -> Tensor:
+        x = self.attention(x, x if before is None else torch.cat((before, x), dim=1), mask)
         queries, words = x[:, :n_queries], x[:, n_queries:]
+        if not n_queries:
+            return self._words(words)
         if self.crossattention is not None:
+            assert vision is not None
             queries = self.crossattention(queries, vision, None)
         queries = self.output_query(self.intermediate_query(queries), queries)
         if not words.shape[1]:
             return cast(Tensor, queries)
+        return torch.cat((queries, self._words(words)), dim=1)
+
+    def _words(self, words: Tensor) -> Tensor:
         assert self.intermediate is not None
         assert self.output is not None
-        return torch.cat((queries, self.output(self.intermediate(words), words)), dim=1)
+        return cast(Tensor, self.output(self.intermediate(words), words))
 
 
 class Layers(nn.Module):
@@ -161,10 +172,15 @@ class Bert(nn.Module):
         mask = None
         if text_mask is not None:
             seen = functional.pad(text_mask, (queries.shape[1], 0), value=1)
-            mask = (1.0 - seen[:, None, None, :].to(x.dtype)) * MASKED  # (B, 1, 1, queries + words)
+            mask = additive(seen[:, None, None, :], x.dtype)  # (B, 1, 1, queries + words)
         for layer in self.encoder.layer:
             x = layer(x, mask, vision, queries.shape[1])
         return cast(Tensor, x)
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores: 0 where `seen` is 1, and `MASKED` where it is 0."""
+    return (1.0 - seen.to(dtype)) * MASKED
 
 
 class QFormer(nn.Module):
@@ -177,7 +193,7 @@ class QFormer(nn.Module):
         super().__init__()
         self.config = config
         self.bert = Bert(config, vision_width)
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def forward(
         self, queries: Tensor, vision: Tensor, text_ids: Tensor | None = None, text_mask: Tensor | None = None
@@ -185,7 +201,8 @@ class QFormer(nn.Module):
         return self.bert(queries, vision, text_ids, text_mask)  # type: ignore[no-any-return]
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
+    """BERT's initial values: normal weights, biases of zero."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=INIT_STD)
     if isinstance(module, nn.Linear) and module.bias is not None:

@@ -37,7 +37,8 @@ class Switches:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SwitchedPlan:
-    """train: selectors of what trains, everything else is frozen; pinned: modules kept in eval mode; notes: surprises.
+    """train: selectors of what trains, everything else is frozen; pinned: modules kept in eval mode; notes: surprises;
+    may_rest: selectors of what trains without a gradient, so that the audit lets it stay.
 
     `pinned` follows from `train` in a FreezePlan (what is frozen runs in eval mode). It is listed because upstream's
     differs: there a frozen language model keeps following `model.train()`.
@@ -46,6 +47,7 @@ class SwitchedPlan:
     train: tuple[str, ...]
     pinned: tuple[str, ...]
     notes: tuple[str, ...]
+    may_rest: tuple[str, ...] = ()
 
 
 def plan_of(switches: Switches, config: VideoChatConfig, *, compat: Compat = "thawline") -> SwitchedPlan:
@@ -59,6 +61,7 @@ def plan_of(switches: Switches, config: VideoChatConfig, *, compat: Compat = "th
     train: list[str] = []
     pinned: list[str] = []
     notes: list[str] = []
+    resting: tuple[str, ...] = ()
     if switches.freeze_vit:
         pinned += ["vision_encoder", "vision_layernorm"]
     else:
@@ -70,11 +73,13 @@ def plan_of(switches: Switches, config: VideoChatConfig, *, compat: Compat = "th
     else:
         train += ["qformer", "query_tokens"]
         if config.qformer.text_input:
-            if not upstream:
+            if upstream:
+                resting = DEAD_END
+            else:
                 train += [f"!{dead}" for dead in DEAD_END]
             notes.append(
-                "the text half of the Q-Former's last layer trains upstream, with a gradient of exactly 0: only weight "
-                "decay moves it, and the audit will name what does not move"
+                "the text half of the Q-Former's last layer trains, as upstream has it, with a gradient of exactly 0: "
+                "only weight decay moves it, and the audit lets the rest of it stay"
                 if upstream
                 else "the text half of the Q-Former's last layer is frozen: nothing reads it, so its gradient is "
                 "exactly 0; upstream lets weight decay shrink it (compat: upstream)"
@@ -112,7 +117,7 @@ def plan_of(switches: Switches, config: VideoChatConfig, *, compat: Compat = "th
         )
     if switches.freeze_mhra is not None:
         notes.append("freeze_mhra has no effect: VideoChat2's vision transformer has no MHRA blocks")
-    return SwitchedPlan(train=tuple(train), pinned=tuple(pinned), notes=tuple(notes))
+    return SwitchedPlan(train=tuple(train), pinned=tuple(pinned), notes=tuple(notes), may_rest=resting)
 
 
 def plan_of_stage1(*, freeze_vision_encoder: bool = True, compat: Compat = "thawline") -> SwitchedPlan:

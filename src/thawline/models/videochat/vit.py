@@ -9,6 +9,8 @@ block once the patch embedding is frozen ("None of the inputs have requires_grad
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -109,6 +111,10 @@ class Encoder(nn.Module):
         rates = torch.linspace(0, config.drop_path_rate, config.depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(config.width, config.heads, rates[i]) for i in range(config.blocks_run))
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS) if config.with_ln else nn.Identity()
+
+    def recompute_(self) -> None:
+        """Recompute the activations of every block in the backward pass."""
+        self.config = replace(self.config, checkpoint_blocks=len(self.blocks))
 
     def positions(self, frames: int, rows: int, columns: int, *, is_image: bool) -> Tensor:
         """(1, frames * rows * columns, width) for clips, (1, rows * columns, width) for still images."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from thawline.core.config import near_names
 from thawline.errors import RecipeError
+from thawline.models.recompute import recomputed
 
 _BN_MOMENTUM = 0.01  # 1 - 0.99, TensorFlow's way round
 _BN_EPS = 1e-3
@@ -109,6 +110,7 @@ class EfficientNetLite(nn.Module):
     def __init__(self, variant: Variant, *, classes: int = 1000, drop_connect: float = 0.2) -> None:
         super().__init__()
         self.drop_connect = drop_connect
+        self.gradient_checkpointing = False
         self._conv_stem = SameConv2d(3, _STEM, 3, stride=2, bias=False)
         self._bn0 = _batch_norm(_STEM)
         blocks: list[MBConvBlock] = []
@@ -133,11 +135,16 @@ class EfficientNetLite(nn.Module):
         self._dropout = nn.Dropout(variant.dropout)
         self._fc = nn.Linear(_HEAD, classes)
 
+    def recompute_(self) -> None:
+        """Recompute the activations of every block in the backward pass."""
+        self.gradient_checkpointing = True
+
     def features(self, images: Tensor) -> Tensor:
         """(batch, 3, h, w) -> (batch, 1280, h / 32, w / 32)."""
         x = F.relu6(self._bn0(self._conv_stem(images)))
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for number, block in enumerate(self._blocks):
-            x = block(x, self.drop_connect * number / len(self._blocks))
+            x = (recomputed(block) if recompute else block)(x, self.drop_connect * number / len(self._blocks))
         return F.relu6(self._bn1(self._conv_head(x)))
 
     def forward(self, images: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from thawline.models.recompute import recomputed
 from thawline.models.wenet.attention import (
     KeyValue,
     MultiHeadedAttention,
@@ -18,7 +19,6 @@ from thawline.models.wenet.config import DecoderConfig
 from thawline.models.wenet.embedding import positional_encoding
 from thawline.models.wenet.feed_forward import PositionwiseFeedForward
 from thawline.models.wenet.masks import causal_mask, valid_mask
-from thawline.models.wenet.recompute import recomputed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +109,10 @@ class TransformerDecoder(nn.Module):
             # OpenAI's Whisper has no output bias; left random it would differ from one load to the next.
             nn.init.zeros_(self.output_layer.bias)
 
+    def recompute_(self) -> None:
+        """Recompute the activations of every layer in the backward pass."""
+        self.gradient_checkpointing = True
+
     def forward(self, memory: Tensor, memory_mask: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Teacher forcing.
 
@@ -118,7 +122,7 @@ class TransformerDecoder(nn.Module):
         size = tokens.size(1)
         mask = valid_mask(lengths, size).unsqueeze(1) & causal_mask(size, tokens.device)
         x, _ = self.embed(tokens)
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.decoders:
             x, _ = (recomputed(layer) if recompute else layer)(x, mask, memory, memory_mask)
         return self._logits(x)

@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from thawline.models.recompute import recomputed
 from thawline.models.wenet.attention import (
     KeyValue,
     MultiHeadedAttention,
@@ -19,7 +20,6 @@ from thawline.models.wenet.convolution import ConvolutionModule
 from thawline.models.wenet.embedding import PositionalEncoding, positional_encoding
 from thawline.models.wenet.feed_forward import PositionwiseFeedForward
 from thawline.models.wenet.masks import encoder_mask, valid_mask
-from thawline.models.wenet.recompute import recomputed
 from thawline.models.wenet.subsampling import subsampling
 
 
@@ -162,6 +162,10 @@ class BaseEncoder(nn.Module):
         self.encoders = nn.ModuleList([self.layer(config) for _ in range(config.num_blocks)])
         self.gradient_checkpointing = config.gradient_checkpointing
 
+    def recompute_(self) -> None:
+        """Recompute the activations of every layer in the backward pass."""
+        self.gradient_checkpointing = True
+
     def forward(
         self, feats: Tensor, lengths: Tensor, *, chunk_size: int = -1, left_chunks: int = -1
     ) -> tuple[Tensor, Tensor]:
@@ -184,7 +188,7 @@ class BaseEncoder(nn.Module):
             draw_left=config.use_dynamic_left_chunk,
             max_chunk=100 // config.subsampling_rate,  # one second
         )
-        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.encoders:
             x, _ = (recomputed(layer) if recompute else layer)(x, mask, pos, valid)
         return self._finish(x), valid

@@ -1,5 +1,5 @@
-"""Whisper's sizes in three spellings: OpenAI's `dims`, WeNet's train.yaml, Hugging Face's config.json. Plain data, no
-torch."""
+"""Whisper's languages, special tokens and sizes, the latter in three spellings: OpenAI's `dims`, WeNet's train.yaml,
+Hugging Face's config.json. Plain facts that models and checkpoints both go by; no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from thawline.errors import CheckpointError
-from thawline.models.whisper_names import LANGUAGES
+
+_LANGUAGES = """
+    en zh de es ru ko fr ja pt tr pl ca nl ar sv it id hi fi vi he uk el ms cs ro da hu ta no th ur hr bg lt la mi ml
+    cy sk te fa lv bn sr az sl kn et mk br eu is hy ne mn bs kk sq sw gl mr pa si km sn yo so af oc ka be tg sd gu am
+    yi lo uz fo ht ps tk nn mt sa lb my bo tl mg as tt haw ln ha ba jw su yue
+"""
+LANGUAGES: tuple[str, ...] = tuple(_LANGUAGES.split())
+"""Whisper's languages in the order of their tokens: the token of LANGUAGES[i] is start-of-transcript + 1 + i."""
 
 _TIMES = 1501  # 0.00 to 30.00 s in steps of 0.02
 _BESIDE_LANGUAGES = 8  # end, start, translate, transcribe, lm, prev, no speech, no timestamps

@@ -139,7 +139,7 @@ def main() -> None:
     )
     head = ["micro-batches"]
     for rows in ROWS:
-        head += [f"plain step, {rows} rows each", "elastic / plain"]
+        head += [f"plain step, rows each: {rows}", "elastic / plain"]
     lines = [
         "# What bits that do not depend on the world size cost",
         "",

@@ -19,7 +19,7 @@ from tests.ckpt import foreign
 from thawline.ckpt import manifest
 from thawline.ckpt.convert import convert
 from thawline.ckpt.delta import BaseRef
-from thawline.ckpt.load import read_checkpoint
+from thawline.ckpt.load import read_checkpoint, read_newest
 from thawline.ckpt.mirror import bring_run, mirror_checkpoint, whole_steps
 from thawline.ckpt.remote import Place, is_url, local_path
 from thawline.ckpt.retention import Keep
@@ -103,6 +103,15 @@ def test_a_storage_without_its_package_and_one_that_is_unknown_are_named() -> No
         Place("gs://bucket/x")
     with pytest.raises(CheckpointError, match="nowhere"):
         Place("nowhere://x")
+
+
+def test_a_bucket_that_does_not_exist_is_refused_and_not_made(bucket: str, tmp_path: Path) -> None:
+    import boto3
+
+    torch.save({"w": torch.ones(2)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"s3://misspelt/m.pt: "):
+        convert(tmp_path / "x.pt", "s3://misspelt/m.pt", to="torch")
+    assert [b["Name"] for b in boto3.client("s3").list_buckets()["Buckets"]] == ["models"]
 
 
 # --- conversion ---
@@ -299,6 +308,14 @@ def test_a_run_goes_on_elsewhere_from_its_newest_checkpoint_or_an_earlier_one(ro
     with open_source(tmp_path / "earlier/checkpoints/step-00000002/delta.safetensors") as source:
         want = torch.full((600,), 2.0).numpy().tobytes()
         assert source.digest("w") == digest_bytes("F32", (600,), want)
+
+
+def test_a_folder_serves_as_a_mirror_and_is_a_run_that_can_be_read(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/nas/run"
+    for step in (1, 2, 3):
+        mirror_checkpoint(checkpoint(tmp_path / "run", step), url, keep=Keep(last=2))
+    assert whole_steps(url) == [2, 3]
+    assert read_newest(tmp_path / "nas/run/checkpoints", report=print).state == {"step": 3}
 
 
 def test_the_best_checkpoint_outlives_the_newer_ones(root: str, tmp_path: Path) -> None:

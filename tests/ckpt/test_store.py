@@ -344,6 +344,26 @@ def test_a_temporary_in_use_is_never_taken_for_a_leftover(tmp_path: Path) -> Non
     assert sorted(os.listdir(tmp_path)) == ["file", "out"]
 
 
+def test_a_temporary_that_a_cleaner_was_quicker_to_lock_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = fcntl.flock
+    calls: list[int] = []
+
+    def flock(descriptor: int, operation: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise BlockingIOError(errno.EWOULDBLOCK, "Resource temporarily unavailable")
+        honest(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with store.atomic_file(tmp_path / "out") as file:
+        (given_up,) = {path for path in tmp_path.iterdir() if path != Path(file.name)}
+        given_up.unlink()  # as the cleaner does that holds it
+        file.write(b"x")
+    assert (tmp_path / "out").read_bytes() == b"x"
+
+
 def test_files_that_merely_look_similar_are_left_alone(tmp_path: Path) -> None:
     for name in (".out.tmp", ".out.tmp-12", "out.tmp-12-deadbeef", ".out.tmp-12-deadbeef.bak"):
         (tmp_path / name).touch()

@@ -237,6 +237,32 @@ def test_a_key_that_is_there_twice_ends_in_three_with_both_places(
     assert f"{train}:13" in err
 
 
+def test_commands_of_a_kaldi_directory_run_only_where_that_is_allowed(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kaldi = recipe.parent / "kaldi"
+    kaldi.mkdir()
+    ran = recipe.parent / "ran"
+    command = f"touch {ran}; cat {recipe.parent / 'train0.wav'} |"
+    (kaldi / "wav.scp").write_text(f"one {command}\n")
+    (kaldi / "text").write_text("one a d\n")
+    refusal = "wav.scp names a shell command, which is not run"
+    looking = [("data", "check", kaldi), ("evaluate", recipe.parent / "base", kaldi)]
+    training = ("train", recipe, f"data.train={kaldi}", "run.epochs=1")
+    for argv in [*looking, (*training, "--run", recipe.parent / "run")]:
+        code, _, err = call(capsys, *argv)
+        assert (code, refusal in err, ran.exists()) == (3, True, False)
+    for argv in looking:
+        code, _, err = call(capsys, *argv, "--allow-pipes")
+        assert (code, ran.exists()) == (0, True), err
+        ran.unlink()
+    code, _, err = call(capsys, *training, "options.allow_pipes=true", "--run", recipe.parent / "piped")
+    assert code == 0, err
+    ran.unlink()
+    code, _, _ = call(capsys, "evaluate", recipe.parent / "piped", kaldi)  # what a run was allowed is not inherited
+    assert (code, ran.exists()) == (3, False)
+
+
 def shard(folder: Path, members: dict[str, bytes]) -> None:
     with tarfile.open(folder / "one.tar", "w") as tar:
         for name, body in members.items():

@@ -235,6 +235,23 @@ def test_a_mirror_that_cannot_be_reached_costs_a_message_and_not_the_run(
     assert "is not a URL" in capsys.readouterr().err
 
 
+def test_verify_ends_in_four_where_it_finds_damage(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = trained(data, "plain", RECIPE)
+    copied = tmp_path / "checkpoint"
+    shutil.copytree(done / "checkpoints" / f"step-{steps(done)[-1]:08d}", copied)
+    assert run(["verify", str(copied)]) == 0
+    content = bytearray((copied / OPTIMIZER).read_bytes())
+    content[-1] ^= 1
+    (copied / OPTIMIZER).write_bytes(content)
+    capsys.readouterr()
+    assert run(["verify", str(copied), "--json"]) == 4
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is False
+    assert OPTIMIZER in found["problems"][0]
+
+
 def test_what_a_plan_froze_again_costs_its_moments_once_and_a_fork_costs_nothing(data: Path, tmp_path: Path) -> None:
     moving = RECIPE.replace(
         'plan: {train: [ctc, "encoder.encoders[-1]"], norms: pinned}',

@@ -185,6 +185,7 @@ def test_evaluate_counts_what_it_cannot_read_and_shows_the_errors(
     listed = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["key"] for row in listed] == [row["key"] for row in rows]
     assert all(row["errors"] == 2 and row["hyp"] == "" for row in listed if row.get("unreadable"))
+    assert [word["op"] for word in listed[-1]["alignment"]] == ["delete", "delete"]
     deleted = {row["ref"]: row["count"] for row in found["errors"]["delete"]}
     assert deleted["a"] >= len(files)
     page = (tmp_path / "page.html").read_text()

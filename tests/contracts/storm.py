@@ -125,12 +125,15 @@ def storm(folder: Path, nursery: Nursery, weather: Weather) -> Tally:
             workers = 2 if number % weather.workers_every == 0 else 0
             life = replace(cut, overrides=(f"run.workers={workers}",), moment=moment)
             afresh = number % weather.afresh_every == 0
+            before = _half_written(Path(cut.run))
             code = live_afresh(life) if afresh else nursery.live(life)
             tally.afresh += afresh
             tally.with_workers += workers > 0
             if code == -9:
                 assert moment is not None
-                _count(tally, Path(cut.run), moment)
+                tally.kills[moment.kind] += 1
+                tally.in_saves += not _half_written(Path(cut.run)) <= before
+                tally.steps.append(_recorded(Path(cut.run)))
             else:
                 _expect(code, 0, life)
         tally.runs += 1
@@ -168,10 +171,9 @@ def _moment(dice: random.Random, seconds: float, steps: int) -> Moment:
     return Moment("call", dice.randint(1, 90))
 
 
-def _count(tally: Tally, run: Path, moment: Moment) -> None:
-    tally.kills[moment.kind] += 1
-    tally.in_saves += any((run / "checkpoints").glob(".step-*.tmp-*"))
-    tally.steps.append(_recorded(run))
+def _half_written(run: Path) -> set[str]:
+    """Checkpoints that a dead process left unfinished; the next save clears them away."""
+    return {path.name for path in (run / "checkpoints").glob(".step-*.tmp-*")}
 
 
 def _recorded(run: Path) -> int:

@@ -20,6 +20,7 @@ from tests.tasks.videochat_corpus import RECIPE, SECTION, write_parts, write_rec
 import thawline as tl
 from thawline.core.extras import need
 from thawline.errors import BaseMismatch, CheckpointError, LawBroken, RecipeError
+from thawline.models.videochat.chat import Sampling
 from thawline.models.videochat.names import part_of
 from thawline.tasks.auditing import audit_run
 from thawline.tasks.planning import preview
@@ -336,6 +337,15 @@ def test_the_hd_variant_trains_on_tiles(home: Path, tmp_path: Path) -> None:
     made = train(home / "chat.yaml", overrides, run=tmp_path / "run")
     chat_home = open_chat(made.dir)[1]
     assert (chat_home.clips.size, chat_home.clips.max_tiles) == (32, 2)
+
+
+def test_a_random_start_needs_no_weights_of_the_language_model(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "parts" / "llm", tmp_path / "llm", ignore=shutil.ignore_patterns("*.safetensors"))
+    overrides = [f"model={tmp_path / 'llm'}", "init=random", "run.steps=1"]
+    overrides += [f"options.bert={home / 'parts' / 'bert'}", f"options.config={home / 'parts' / 'config.json'}"]
+    made = train(home / "chat.yaml", overrides, run=tmp_path / "run")
+    model = ChatModel.open(made.dir)
+    assert model.talk(model.see(home / "corpus" / "dark.mkv"), sampling=Sampling(max_new_tokens=2)).ask("what").ended
 
 
 def test_a_random_start_becomes_a_base_like_any_other(home: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import thawline as tl
 from thawline.cli.app import run as cli
 from thawline.core.extras import need
 from thawline.errors import CheckpointError, RecipeError
+from thawline.models.videochat.alignment import VideoAlignment
 from thawline.models.videochat.config import VisionConfig
 from thawline.models.videochat.vit import VisionTransformer
 from thawline.tasks.auditing import audit_run
@@ -191,6 +192,18 @@ def test_evaluate_says_how_often_a_caption_finds_its_clip(
     assert told["samples"] == len(places) == 9
     assert told["recall1"] == pytest.approx(sum(p == 1 for p in places) / 9)
     assert told["recall5"] >= told["recall1"]
+
+
+def test_a_batch_that_does_not_fit_is_not_cut_behind_ones_back(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(VideoAlignment, "see", full)
+    with pytest.raises(RecipeError, match="3 captions do not fit into memory at once") as caught:
+        train(SHIPPED, tiny(home, "run.epochs=1"), run=tmp_path / "run")
+    assert "data.batch.size" in caught.value.fix
 
 
 PROGRAM = (

@@ -122,6 +122,7 @@ def test_a_score_on_an_instruction_file_has_a_row_a_sample(home: Path, capsys: p
         (("parts", "corpus/drak.mkv", "-q", "who"), 3, "did you mean"),
         (("parts", "corpus/it.json", "-q", "who"), 3, "there is no video in the file"),
         (("nothing", "corpus/dark.mkv", "-q", "who"), 4, "no such file or directory"),
+        (("part", "corpus/dark.mkv", "-q", "who"), 4, "did you mean"),
         (("corpus", "corpus/dark.mkv", "-q", "who"), 4, "no VideoChat2 model is described here"),
         (("parts", "corpus/dark.mkv", "--json"), 2, "--json needs --question"),
         (("parts", "corpus/dark.mkv", "-q", "who", "--bert", "parts/bert"), 2, "go with --part"),

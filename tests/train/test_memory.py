@@ -17,6 +17,8 @@ from tests.train.toy import Net, ToyTask, write_recipe
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from thawline.data.conversation_tokens import Encoded
+from thawline.data.videochat import ChatBatch
 from thawline.errors import RecipeError, ThawlineError
 from thawline.freeze import doctor
 from thawline.freeze.plan import FreezePlan
@@ -336,6 +338,24 @@ def test_a_run_that_recomputes_is_bitwise_the_one_that_does_not_and_the_doctor_a
     assert sums(recomputed.dir / "model") == sums(plain.dir / "model")
     found = [[e for e in read_rows(r.dir / "events.jsonl") if e["event"] == "doctor"] for r in (plain, recomputed)]
     assert [f["code"] for f in found[1]] == [f["code"] for f in found[0]]
+
+
+def test_a_part_of_a_chat_batch_has_the_clips_of_its_own_dialogues() -> None:
+    def prompt(clips: int) -> Encoded:
+        return Encoded(pieces=((5,),) * (clips + 1), labels=((-100,),) * clips + ((5,),))
+
+    batch = ChatBatch(
+        keys=("a", "b", "c"),
+        clips=tuple(torch.full((1,), float(n)) for n in range(4)),
+        prompts=(prompt(1), prompt(0), prompt(3)),
+        text_ids=torch.arange(6).reshape(3, 2),
+        text_mask=torch.ones(3, 2),
+        weights={"utterances": 3.0, "tokens": 3.0},
+    )
+    whole, last = batch.rows(0, 2), batch.rows(2, 3)
+    assert [float(c) for c in whole.clips] == [0.0]
+    assert [float(c) for c in last.clips] == [1.0, 2.0, 3.0]
+    assert (last.keys, last.text_ids.tolist(), last.weights) == (("c",), [[4, 5]], {"utterances": 1.0, "tokens": 1.0})  # type: ignore[union-attr]
 
 
 def test_dialogues_are_halved_and_give_what_a_run_in_halves_gives(tmp_path: Path, monkeypatch: Patch) -> None:

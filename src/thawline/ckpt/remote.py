@@ -93,6 +93,7 @@ class Place:
     def write(self, data: bytes) -> None:
         """A small file in one piece."""
         with self._errors():
+            self._make_parent()
             self._fs.pipe_file(self._path, data)
 
     def bring(self, target: Path) -> None:
@@ -104,8 +105,7 @@ class Place:
     def send(self, source: Path) -> FileEntry:
         """Copy a local file there, read it again and compare; it appears whole. Its size and digest."""
         with self._errors():
-            # Not every file system makes the folders of a new file; object stores have none to make.
-            self._fs.makedirs(self._fs._parent(self._path), exist_ok=True)
+            self._make_parent()
             with self._fs.transaction:
                 self._fs.put_file(str(source), self._path)
             self._fs.invalidate_cache()
@@ -124,6 +124,10 @@ class Place:
         """Remove the file, or the folder with all in it."""
         with self._errors():
             self._fs.rm(self._path, recursive=True)
+
+    def _make_parent(self) -> None:
+        if not self._fs.async_impl:  # object stores have no folders to make, and would make a bucket
+            self._fs.makedirs(self._fs._parent(self._path), exist_ok=True)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

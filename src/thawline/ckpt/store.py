@@ -353,16 +353,18 @@ def _claim(target: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
     while True:
         temporary = _sibling(target, "tmp")
         make(temporary)
-        lock = _try_lock(temporary)
+        try:
+            lock = _try_lock(temporary)
+        except BlockingIOError:
+            continue  # a cleaner took it for a leftover in the instant before, and is about to remove it
         if lock is not None:
             return temporary, lock
         if os.path.lexists(temporary):
             return temporary, -1  # no locks here; a cleaner leaves young ones alone
-        # A cleaner took it for a leftover in the instant before it was locked: take another.
 
 
 def _try_lock(path: Path) -> int | None:
-    """Lock `path` if nobody holds it; None if somebody does, or it is gone, or too young to judge without locks."""
+    """Lock `path`; None if it is gone, or too young to judge without locks. BlockingIOError if somebody else has it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
@@ -371,7 +373,8 @@ def _try_lock(path: Path) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         still_there = os.path.lexists(path) and os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except BlockingIOError:
-        still_there = False
+        os.close(descriptor)
+        raise
     except OSError:  # a file system without locks
         still_there = time.time() - os.fstat(descriptor).st_mtime > _UNLOCKABLE_AGE_S
     if still_there:
@@ -384,7 +387,10 @@ def _treat(parent: Path, name: str | None, act: Callable[[Path, Path, str], bool
     """The leftovers on which `act(path, its target, kind)` did something; each is locked meanwhile."""
     treated: list[Path] = []
     for path, target, kind in _leftovers(parent, name):
-        lock = _try_lock(path)
+        try:
+            lock = _try_lock(path)
+        except BlockingIOError:
+            continue  # in use
         if lock is None:
             continue
         try:

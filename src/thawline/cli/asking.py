@@ -50,7 +50,8 @@ def sampling_of(options: Mapping[str, Any]) -> Sampling:
 def open_chat_model(model: str, base: str | None, options: Mapping[str, Any]) -> ChatModel:
     """The model that MODEL, --base and --part name. Raises click.UsageError for what does not go together."""
     from thawline.tasks.videochat_asking import ChatModel
-    from thawline.tasks.videochat_home import ChatHome, read_section
+    from thawline.tasks.videochat_home import ChatHome
+    from thawline.tasks.videochat_recognition import read_section
 
     frames, dtype, device = options["frames"], options["dtype"], options["device"] or "auto"
     bert, config = options["bert"], options["config"]

@@ -22,8 +22,9 @@ def data() -> None:
 @click.option("--valid", type=click.Path(), help="Held-back data: also look for what stands in both.")
 @click.option("--units", type=click.Path(), help="A WeNet units.txt: also count what it cannot spell.")
 @click.option("--model", type=click.Path(), help="A recogniser: count what it cannot spell, and what CTC cannot align.")
+@click.option("--allow-pipes", is_flag=True, help="Run the shell commands that a Kaldi wav.scp names.")
 @json_option
-def check(path: str, valid: str | None, units: str | None, model: str | None, as_json: bool) -> None:
+def check(path: str, valid: str | None, units: str | None, model: str | None, allow_pipes: bool, as_json: bool) -> None:
     """Format, utterances, hours, lengths, vocabulary, and every file that cannot be read."""
     from thawline.data.check import check_data
 
@@ -35,7 +36,7 @@ def check(path: str, valid: str | None, units: str | None, model: str | None, as
 
         home = SpeechHome.of(Path(model))
         known = {"tokenizer": home.tokenizer(), "frontend": home.frontend({}), "encoder_frames": home.encoder_frames}
-    report = check_data(Path(path), valid=None if valid is None else Path(valid), **known)
+    report = check_data(Path(path), valid=None if valid is None else Path(valid), allow_pipes=allow_pipes, **known)
     give(report.to_json(), report.table(), as_json=as_json)
 
 

@@ -28,10 +28,13 @@ if TYPE_CHECKING:
     type=click.Choice(["none", "basic", "english"]),
     help="Folds both sides before scoring; default none.",
 )
+@click.option(
+    "--allow-pipes", is_flag=True, default=None, help="Speech: run the shell commands that a Kaldi wav.scp names."
+)
 @click.option("--batch", "batch_size", default=8, show_default=True, help="Utterances decoded at once.")
 @click.option("--workers", default=0, show_default=True, help="Loader processes.")
 @click.option("--limit", type=int, help="Only the first so many utterances.")
-@click.option("--out", type=click.Path(), help="Write one JSON line an utterance: key, ref, hyp, errors.")
+@click.option("--out", type=click.Path(), help="Write one JSON line an utterance: key, ref, hyp, alignment, ...")
 @click.option("--html", type=click.Path(), help="Speech: write a page with each alignment beside its sound.")
 @json_option
 def evaluate(
@@ -97,10 +100,10 @@ def _recogniser(asked: _Question, html: str | None, options: Mapping[str, Any]) 
     result = asked.put_to(recognizer)
     if html is not None:
         title = f"{Path(asked.model).name} on {asked.data}"
-        _write_page(html, result, title, asked.data, recognizer.options.normalizer)
+        _write_page(html, result, title, asked.data, allow_pipes=recognizer.options.allow_pipes)
     counts = ("utterances", "words", "unreadable")
     metrics: dict[str, Any] = {k: int(v) if k in counts else v for k, v in result.metrics.items()}
-    table = error_table(result.rows, normalize=recognizer.options.normalizer)
+    table = error_table(result.rows)
     text = (
         f"WER {metrics['wer']:.4f}  CER {metrics['cer']:.4f}  over {metrics['utterances']} utterances, "
         f"{metrics['words']} words"
@@ -119,12 +122,12 @@ def _confusion(row: Mapping[str, Any]) -> str:
     return f"{row['ref']} > {row['hyp']}" if row["ref"] and row["hyp"] else str(row["ref"] or row["hyp"])
 
 
-def _write_page(html: str, result: Evaluation, title: str, data: str, normalizer: Any) -> None:
+def _write_page(html: str, result: Evaluation, title: str, data: str, *, allow_pipes: bool) -> None:
     from thawline.data.manifest import read_manifest
     from thawline.tasks.speech_page import evaluation_page
 
-    utterances = {row.key: row for row in read_manifest(Path(data))}
-    page = evaluation_page(result.rows, result.metrics, utterances, title=title, normalize=normalizer)
+    utterances = {row.key: row for row in read_manifest(Path(data), allow_pipes=allow_pipes)}
+    page = evaluation_page(result.rows, result.metrics, utterances, title=title)
     Path(html).write_text(page, encoding="utf-8")
 
 

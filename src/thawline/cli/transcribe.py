@@ -18,7 +18,7 @@ from thawline.cli.output import give, say
 @click.argument("audio", nargs=-1, required=True, type=click.Path())
 @click.option("--base", type=click.Path(), help="The base that a delta belongs to.")
 @decoding_options
-@click.option("--times", is_flag=True, help="Times of words (CTC) or segments (Whisper); printed with --json.")
+@click.option("--times", is_flag=True, help="Times of words and tokens; printed with --json.")
 @click.option("--srt", is_flag=True, help="Print SubRip subtitles.")
 @click.option("--vtt", is_flag=True, help="Print WebVTT subtitles.")
 @click.option("--out", type=click.Path(), help="Write subtitles into this folder, one file a recording.")

@@ -121,6 +121,7 @@ def check_data(
     frontend: SpeechFrontend | None = None,
     encoder_frames: Callable[[int], int] | None = conv2d_frames,
     format: Format = "auto",
+    allow_pipes: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataReport:
     """Check the data at `path`.
@@ -130,16 +131,17 @@ def check_data(
     frontend:    how the model hears; None is 80 filter banks at 16 kHz
     encoder_frames: how many the encoder gives for so many frames of features: with a vocabulary, targets that need more
                  are reported, which a CTC loss with zero_infinity would hide; None is a model without CTC
+    allow_pipes: run the shell commands that a Kaldi wav.scp names
     progress:    called with (files read, files in all)
 
     Raises DataError where there is no data at all. A single bad row or file is a finding.
     """
     findings: list[Finding] = []
-    manifest = _read(path, format, findings)
+    manifest = _read(path, format, findings, allow_pipes=allow_pipes)
     if tokenizer is None and units is not None:
         tokenizer = CharTokenizer(read_units(units))
     hearing = frontend or SpeechFrontend()
-    held_back = _read(valid, "auto", findings) if valid is not None else None
+    held_back = _read(valid, "auto", findings, allow_pipes=allow_pipes) if valid is not None else None
     total = len(manifest) + (len(held_back) if held_back is not None else 0)
     sounds: dict[str, str] = {}
     seconds: list[float] = []
@@ -183,11 +185,11 @@ def check_data(
     )
 
 
-def _read(path: Path, format: Format, findings: list[Finding]) -> Manifest:
+def _read(path: Path, format: Format, findings: list[Finding], *, allow_pipes: bool) -> Manifest:
     def report(error: DataError) -> None:
         findings.append(Finding("row", error.where, error.what))
 
-    return read_manifest(path, format=format, report=report)
+    return read_manifest(path, format=format, report=report, allow_pipes=allow_pipes)
 
 
 def _tokens(tokenizer: Tokenizer | None, row: Utterance, findings: list[Finding]) -> list[int] | None:

@@ -131,7 +131,7 @@ class SpeechSamples:
             unreadable = False
             try:
                 known = row if row.duration_s is not None else replace(row, duration_s=duration_s(row))
-                reason = self._reason(known, known.duration_s or 0.0) if training else ""
+                reason = self._reason(known.duration_s or 0.0, self._target(known)) if training else ""
             except DataError as error:
                 # An evaluation keeps it, so that it is counted where it is read.
                 known, reason = replace(row, duration_s=0.0), str(error) if training else ""
@@ -181,7 +181,8 @@ class SpeechSamples:
         samples, native_hz = decode(
             row.wav, start_s=row.start_s, end_s=row.end_s, channel=conf.singal_channel_conf.channel
         )
-        reason = self._reason(row, samples.size / native_hz) if self.training else ""
+        target = self._target(row)
+        reason = self._reason(samples.size / native_hz, target) if self.training else ""
         if reason:
             raise DataError(reason, where=row.wav)
         rng = np.random.Generator(np.random.PCG64(random.getrandbits(63))) if self.training else None
@@ -191,16 +192,17 @@ class SpeechSamples:
             raise DataError(error.what, where=row.wav, fix=error.fix) from error
         if len(feats) == 0:
             raise DataError(f"{samples.size} samples at {native_hz} Hz are less than one frame", where=row.wav)
-        target = tuple(self.tokenizer.encode(row.txt)) if self.tokenizer is not None else ()
-        return SpeechSample(row.key, feats, target, row.txt, row.lang, row.task)
+        return SpeechSample(row.key, feats, target or (), row.txt, row.lang, row.task)
 
     def collate(self, samples: Sequence[SpeechSample]) -> SpeechBatch:
         """Pad the utterances, in their order."""
         return collate(samples)
 
-    def _reason(self, row: Utterance, seconds: float) -> str:
-        tokens = len(self.tokenizer.encode(row.txt)) if self.tokenizer is not None else None
-        return self.frontend.filter_conf.reason(round(seconds * 100, 3), tokens)
+    def _target(self, row: Utterance) -> tuple[int, ...] | None:
+        return tuple(self.tokenizer.encode(row.txt)) if self.tokenizer is not None else None
+
+    def _reason(self, seconds: float, target: tuple[int, ...] | None) -> str:
+        return self.frontend.filter_conf.reason(round(seconds * 100, 3), None if target is None else len(target))
 
 
 def collate(samples: Sequence[SpeechSample]) -> SpeechBatch:

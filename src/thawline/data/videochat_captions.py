@@ -13,7 +13,7 @@ from torch import Tensor
 from thawline.core.rng import derive
 from thawline.data.conversation import Dialogues
 from thawline.data.videochat import ClipSettings, pad_words, read_clip, to_tensor
-from thawline.errors import DataError
+from thawline.errors import DataError, RecipeError
 
 
 class CaptionTokenizer(Protocol):
@@ -51,6 +51,14 @@ class CaptionBatch:
     text_mask: Tensor
     owners: Tensor
     weights: Mapping[str, float]
+
+    def rows(self, start: int, stop: int) -> CaptionBatch:
+        """Never: raises RecipeError, so that a batch that does not fit into memory is not cut behind one's back."""
+        raise RecipeError(
+            f"{len(self.keys)} captions do not fit into memory at once, and cut smaller they would be compared with "
+            "fewer others, which is another loss",
+            fix="a smaller data.batch.size, or more memory",
+        )
 
     def to(self, device: Any) -> CaptionBatch:
         return replace(

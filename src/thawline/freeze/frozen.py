@@ -294,6 +294,7 @@ class Frozen:
             moved_frozen=tuple(dict.fromkeys((*report.moved_frozen, *whole.moved_frozen))),
             moved_buffers=tuple(dict.fromkeys((*report.moved_buffers, *whole.moved_buffers))),
             unmoved=report.unmoved,
+            rested=report.rested,
             vanished=report.vanished,
             appeared=report.appeared,
             frozen=whole.frozen,

@@ -14,7 +14,7 @@ from thawline.data.targets import what_is_not_learnt
 from thawline.data.text import Tokenizer
 from thawline.freeze.lora import has_adapters, merged_copy
 from thawline.tasks.loading import draw, load, locate
-from thawline.tasks.scoring import errors_of, normalizer, score
+from thawline.tasks.scoring import alignment, normalizer, score
 from thawline.tasks.speech_decoding import decode, languages
 from thawline.tasks.speech_home import SpeechHome
 from thawline.tasks.speech_options import SpeechOptions
@@ -63,7 +63,7 @@ class SpeechTask:
     def samples(self, recipe: Recipe, model: nn.Module, split: str) -> Samples:
         home = self._home()
         training = split == "train"
-        manifest = read_manifest(recipe.path("data", split))
+        manifest = read_manifest(recipe.path("data", split), allow_pipes=self.options.allow_pipes)
         found = SpeechSamples(manifest, home.frontend(recipe.data.conf), home.tokenizer(), training=training)
         if training:
             self.notes = (*self.notes, *what_is_not_learnt(found, encoder_frames=home.encoder_frames))
@@ -117,10 +117,11 @@ def evaluate(
 
 
 def scored_(rows: list[dict[str, Any]], options: SpeechOptions) -> dict[str, float]:
-    """Error rates over rows of {"ref", "hyp"}; puts "errors" (word errors) into each row."""
+    """Error rates over rows of {"ref", "hyp"}; puts "alignment" and "errors" (how many words are wrong) into each."""
     normalize = normalizer(options.normalizer)
     for row in rows:
-        row["errors"] = errors_of(normalize(row["ref"]), normalize(row["hyp"]))
+        row["alignment"] = alignment(normalize(row["ref"]), normalize(row["hyp"]))
+        row["errors"] = sum(word["op"] != "equal" for word in row["alignment"])
     return dict(score([r["ref"] for r in rows], [r["hyp"] for r in rows], normalize=normalize))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from thawline.core.config import read_yaml
 from thawline.tasks.videochat_alignment_home import is_alignment
-from thawline.tasks.videochat_home import recognises
+from thawline.tasks.videochat_recognition import recognises
 from thawline.tasks.vision_home import describes
 from thawline.train.rundir import RunDirectory
 

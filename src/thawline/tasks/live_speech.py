@@ -79,12 +79,15 @@ class _Chunks:
         static = model.config.encoder.static_chunk_size
         chunk = options.chunk_size if options.chunk_size > 0 else static if static > 0 else CHUNK_FRAMES
         both = model.decoder is not None and model.config.reverse_weight > 0
+        given = options.model_fields_set
         self.live: LiveRecogniser = model.live(
             chunk_size=chunk,
             left_chunks=options.left_chunks,
             beam=options.beam or 10,
-            ctc_weight=options.ctc_weight or 0.5,
-            reverse_weight=options.reverse_weight or (model.config.reverse_weight if both else 0.0),
+            ctc_weight=options.ctc_weight if "ctc_weight" in given else 0.5,
+            reverse_weight=options.reverse_weight
+            if "reverse_weight" in given
+            else (model.config.reverse_weight if both else 0.0),
             blank_penalty=options.blank_penalty,
             context=context_of(options, recognizer.tokenizer),
         )

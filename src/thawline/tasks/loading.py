@@ -78,7 +78,7 @@ def _over(weights: Path, base: Path, run: Path | None) -> Location:
 def load(path: Path | str, base: Path | str | None = None) -> nn.Module:
     """The model at `path`, in eval mode: a WeNet directory (train.yaml, final.pt, units.txt), a Hugging Face
     directory, OpenAI's Whisper .pt, a run directory, a checkpoint or a delta (with `base`, unless the base is still
-    where it was), a WeNet LoRA file (with the `base` it was trained from), VideoChat2's parts (see `videochat_home`).
+    where it was), a WeNet LoRA file (with the `base` it was trained from), VideoChat2's parts.
 
     Both may be URLs (s3://...). Every tensor is accounted for. Raises CheckpointError naming what is missing,
     unexpected or damaged, BaseMismatch (exit code 4) where a delta is put over another base than its own.

@@ -56,7 +56,7 @@ class Recognizer:
     @classmethod
     def open(cls, model: Path | str, *, base: Path | str | None = None, **options: Any) -> Recognizer:
         """Load a model directory, a run, a checkpoint, or a delta with `base`. Options as in `SpeechOptions`; a run's
-        own options hold where none are given.
+        own options hold where none are given, but for `allow_pipes`.
 
         Raises RecipeError for an unknown option, a mode that the model cannot serve, and hotwords that it cannot spell,
         before anything is decoded.
@@ -68,7 +68,8 @@ class Recognizer:
         if owner is not None:
             recipe = read_recipe(owner / "recipe.yaml")
             conf = dict(recipe.data.conf)
-            chosen = SpeechOptions.given({**recipe.options, **chosen.model_dump(exclude_unset=True)})
+            inherited = {name: value for name, value in recipe.options.items() if name != "allow_pipes"}
+            chosen = SpeechOptions.given({**inherited, **chosen.model_dump(exclude_unset=True)})
         loaded = load_located(place)
         home = SpeechHome.of(place.home, tokenizer=Path(chosen.tokenizer).absolute() if chosen.tokenizer else None)
         if chosen.units and place.run is not None:
@@ -146,7 +147,7 @@ class Recognizer:
         What cannot be read counts as said and not heard: all its words are deletions, `unreadable` says how many there
         are, and its row why.
         """
-        manifest = read_manifest(Path(data))
+        manifest = read_manifest(Path(data), allow_pipes=self.options.allow_pipes)
         if limit is not None:
             manifest = manifest.keep(range(min(limit, len(manifest))))
         samples = SpeechSamples(manifest, self.frontend, self.tokenizer, training=False)

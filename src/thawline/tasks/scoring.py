@@ -71,11 +71,6 @@ def alignment(reference: str, hypothesis: str) -> list[dict[str, str]]:
     return rows
 
 
-def errors_of(reference: str, hypothesis: str) -> int:
-    """Word errors of one utterance."""
-    return sum(row["op"] != "equal" for row in alignment(reference, hypothesis))
-
-
 def confusions(alignments: Sequence[Sequence[Mapping[str, str]]], *, most: int = 20) -> dict[str, list[dict[str, Any]]]:
     """The commonest errors over utterances by kind (substitute, delete, insert): rows of {"ref", "hyp", "count"}."""
     counts: dict[str, Counter[tuple[str, str]]] = {kind: Counter() for kind in ("substitute", "delete", "insert")}

@@ -56,6 +56,8 @@ class SpeechOptions(Strict):
     """Phrases to prefer, in the modes that search CTC prefixes."""
     hotword_score: float = Field(default=3.0, gt=0)
     """Bonus in ln per token of such a phrase."""
+    allow_pipes: bool = False
+    """Run the shell commands that a Kaldi wav.scp names. They are as dangerous as whoever wrote the list."""
     units: str = ""
     """Train only: a units.txt to change the vocabulary to. Rows of shared tokens are kept, new ones are drawn."""
     tokenizer: str = ""

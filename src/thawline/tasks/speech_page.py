@@ -15,7 +15,7 @@ import numpy as np
 from thawline.data.audio import decode
 from thawline.data.utterance import TarRef, Utterance, pipe_command
 from thawline.errors import DataError
-from thawline.tasks.scoring import Normalizer, alignment, confusions, normalizer
+from thawline.tasks.scoring import confusions
 
 _KINDS = {
     ".wav": "audio/wav", ".mp3": "audio/mpeg", ".ogg": "audio/ogg", ".opus": "audio/ogg", ".flac": "audio/flac",
@@ -42,10 +42,9 @@ small { opacity: .7 }
 """
 
 
-def error_table(rows: Sequence[Mapping[str, Any]], *, normalize: Normalizer, most: int = 20) -> dict[str, Any]:
-    """The commonest substitutions, deletions and insertions over evaluation rows ({"ref", "hyp"})."""
-    fold = normalizer(normalize)
-    return confusions([alignment(fold(r["ref"]), fold(r["hyp"])) for r in rows], most=most)
+def error_table(rows: Sequence[Mapping[str, Any]], *, most: int = 20) -> dict[str, Any]:
+    """The commonest substitutions, deletions and insertions over the rows of an evaluation."""
+    return confusions([row["alignment"] for row in rows], most=most)
 
 
 def evaluation_page(
@@ -54,28 +53,26 @@ def evaluation_page(
     utterances: Mapping[str, Utterance],
     *,
     title: str,
-    normalize: Normalizer,
 ) -> str:
     """HTML of an evaluation: figures, the commonest errors, and every utterance with its alignment, worst first.
 
     utterances: key -> where its sound is; a key that is not there has no sound in the page
     """
-    fold = normalizer(normalize)
     spent = 0
     sections: list[str] = []
     for row in sorted(rows, key=lambda r: (-r["errors"], r["key"])):
         sound, size = _sound(utterances.get(row["key"]), PAGE_BYTES - spent)
         spent += size
-        words = "".join(_word(word) for word in alignment(fold(row["ref"]), fold(row["hyp"])))
+        words = "".join(_word(word) for word in row["alignment"])
         why = f"<small>not read: {escape(str(row['unreadable']))}</small>" if row.get("unreadable") else ""
         sections.append(
-            f"<section><b>{escape(row['key'])}</b> <small>{row['errors']} errors</small> {sound}{why}"
+            f"<section><b>{escape(row['key'])}</b> <small>{row['errors']} wrong</small> {sound}{why}"
             f'<div class="words">{words}</div></section>'
         )
     figures = "".join(
         f'<tr><th>{escape(name)}</th><td class="n">{_figure(name, value)}</td></tr>' for name, value in metrics.items()
     )
-    table = error_table(rows, normalize=normalize)
+    table = error_table(rows)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style><body><h1>{escape(title)}</h1>"

@@ -23,7 +23,8 @@ from thawline.models.videochat.build import Opened
 from thawline.models.videochat.names import Part
 from thawline.models.videochat.switches import SwitchedPlan, Switches, plan_of
 from thawline.tasks.videochat_export import Extra, export
-from thawline.tasks.videochat_home import NAME, NORMALISATIONS, ChatHome, read_section, recognises
+from thawline.tasks.videochat_home import NAME, NORMALISATIONS, ChatHome
+from thawline.tasks.videochat_recognition import home_at, read_section, recognises
 from thawline.train.recipe import Recipe
 from thawline.train.task import Evaluation, LossSums, PlainSums, Samples, SumTerm
 
@@ -238,7 +239,7 @@ def home_of(recipe: Recipe, options: VideoChatOptions) -> ChatHome:
     parts = _parts(options)
     stage = 3 if options.stage == "hd" else options.stage
     if recognises(model):
-        home = ChatHome.of(model)
+        home = home_at(model)
         if parts or options.stage is not None or options.new:
             home = _respelt(home, model, options, parts, stage)
     else:

@@ -55,7 +55,7 @@ def export(
     whole: bool = False,
     extras: Collection[Extra] = ("upstream", "merged"),
 ) -> None:
-    """Write `model` into `folder`, so that `ChatHome.of(folder)` opens it again to the same tensors.
+    """Write `model` into `folder`, so that `videochat_recognition.home_at(folder)` opens it again to the same tensors.
 
     trained: names of the parameters that some phase of the plan lets train
     whole:   write the language model too, although no plan names it (a random start)
@@ -74,13 +74,13 @@ def export(
     if home.bert is not None:
         bert = folder / "bert"
         _copy(home.bert, bert, _BERT_FILES)
-    llm = home.llm
-    fingerprint = home.fingerprint()
+    llm = folder / "llm" if changed else home.llm
     if changed:
-        llm = folder / "llm"
         write_llm(plain, home, llm, merge=False)
         with open_source(llm) as source:
             fingerprint = source.fingerprint()
+    else:
+        fingerprint = home.fingerprint()
     if "merged" in extras and home.config.lora is not None and not whole:
         write_llm(plain, home, folder / "merged", merge=True)
     described = dataclasses.replace(

@@ -11,13 +11,15 @@ from thawline.ckpt.delta import BaseRef, check_base, lay_over, read_delta
 from thawline.ckpt.formats.thawline_run import is_checkpoint, is_delta, is_run, newest_checkpoint
 from thawline.ckpt.formats.thawline_run import read_delta as header
 from thawline.ckpt.load import load_strict_, read_checkpoint
+from thawline.core.config import near_names
 from thawline.errors import CheckpointError, RecipeError
 from thawline.models.videochat.alignment import VideoAlignment
 from thawline.models.videochat.build import Opened
 from thawline.tasks.videochat import VideoChatOptions, VideoChatTask, home_of
 from thawline.tasks.videochat_alignment import AlignmentTask
 from thawline.tasks.videochat_alignment_home import AlignmentHome, is_alignment
-from thawline.tasks.videochat_home import ChatHome, is_part, recognises
+from thawline.tasks.videochat_home import ChatHome
+from thawline.tasks.videochat_recognition import home_at, is_part, recognises
 from thawline.train.law import Law, shape_
 from thawline.train.recipe import read_recipe
 from thawline.train.rundir import RunDirectory
@@ -69,7 +71,7 @@ def open_alignment(path: Path, base: Path | None = None) -> tuple[VideoAlignment
 def open_chat(path: Path, base: Path | None = None, *, dtype: str = "") -> tuple[Opened, ChatHome]:
     """The model with its tokenizers, in eval mode, and its home.
 
-    path: a home (see `videochat_home`), a run, one of its checkpoints, a delta, or a file of trained tensors
+    path: a home (see `videochat_recognition`), a run, one of its checkpoints, a delta, or a file of trained tensors
     base: what a delta or such a file belongs to, where that is not found by itself
     dtype: of the language model's weights in place of the home's; not for deltas, whose base is known by its bytes
     Raises CheckpointError (BaseMismatch for another base) naming tensors, files and the remedy.
@@ -77,10 +79,12 @@ def open_chat(path: Path, base: Path | None = None, *, dtype: str = "") -> tuple
     path = path.expanduser().absolute()
     base = None if base is None else base.expanduser().absolute()
     if not path.exists():
-        raise CheckpointError("no such file or directory", where=str(path), fix="check the path")
+        near = near_names(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else []
+        hint = f"did you mean {path.parent / near[0]}?" if near else "check the path"
+        raise CheckpointError("no such file or directory", where=str(path), fix=hint)
     run = _owner(path)
     if run is not None and RunDirectory(run).finished and path == run and base is None:
-        return _opened(ChatHome.of(RunDirectory(run).model), dtype)
+        return _opened(home_at(RunDirectory(run).model), dtype)
     if dtype and (run is not None or _delta_file(path) is not None):
         raise RecipeError(
             f"{dtype} cannot be asked for here: a delta's base is recognised by its bytes",
@@ -94,7 +98,7 @@ def open_chat(path: Path, base: Path | None = None, *, dtype: str = "") -> tuple
     delta = _delta_file(path)
     if delta is not None:
         return _over_home(path, delta, base)
-    return _opened(ChatHome.of(path, base=base), dtype)
+    return _opened(home_at(path, base=base), dtype)
 
 
 def _opened(home: ChatHome, dtype: str) -> tuple[Opened, ChatHome]:
@@ -133,7 +137,7 @@ def _over_home(path: Path, file: Path, base: Path | None) -> tuple[Opened, ChatH
             where=str(path),
             fix=f"thawline chat {path} VIDEO --base DIR, where DIR holds the model that the run started from",
         )
-    home = ChatHome.of(where)
+    home = home_at(where)
     opened = home.open()[0]
     check_base(delta.base, BaseRef.of(opened.model, path=str(where)), source=str(path))
     laid = lay_over(opened.model.state_dict(), delta, source=str(path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from thawline.tasks.videochat_home import ChatHome, is_llm, recognises
+from thawline.tasks.videochat_recognition import home_at, is_llm, recognises
 
 _TEMPLATE = """\
 # thawline plan {name}     shows what this would train, tensor by tensor
@@ -73,6 +73,6 @@ def videochat_recipe(model: Path, *, train: str, valid: str, name: str) -> str:
         model=model,
         train=train,
         valid=valid,
-        frames=ChatHome.of(model).clips.frames if whole else 8,
+        frames=home_at(model).clips.frames if whole else 8,
         begin="" if whole else _BEGIN,
     )

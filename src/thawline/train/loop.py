@@ -51,8 +51,9 @@ def train(
 
     until: leave off after this step without finishing, as `resume --verify` does in a copy of the run
 
-    Raises Stopped (exit code 75) after a signal or the time limit, with a whole checkpoint written; LawBroken (5) where
-    an audit fails; DataError (3), RecipeError (2), CheckpointError (4).
+    Raises Stopped (exit code 75) after a signal or the time limit, with a whole checkpoint written, and where storage
+    refuses but there is a checkpoint to go on from; LawBroken (5) where an audit fails; DataError (3), RecipeError (2),
+    CheckpointError (4). Whatever else is raised in a step leaves a checkpoint of the last whole step.
     """
     monitor = monitor or SilentMonitor()
     files = RunDirectory(directory.absolute())

@@ -16,6 +16,7 @@ from thawline.errors import CheckpointError
 CHUNK_BYTES: Final = 4 << 20
 _RELEASED: Final = 16 << 20  # each release interrupts the other cores
 _RELEASED_LAST: Final = 256 << 10
+_AHEAD: Final = 64 << 10
 
 
 class MappedFile:
@@ -49,8 +50,9 @@ class MappedFile:
             self.size = info.st_size
             if self.size:
                 self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-                if hasattr(self._map, "madvise") and hasattr(mmap, "MADV_SEQUENTIAL"):
-                    self._map.madvise(mmap.MADV_SEQUENTIAL)
+                # Headers and probes are a few bytes in far places: with read-ahead, opening a cold ZeRO checkpoint of
+                # 2.3 GB read 880 MB of it, without 2.
+                self._advise("MADV_RANDOM", 0, self.size)
         except OSError as exc:
             raise CheckpointError(f"cannot be mapped: {exc.strerror}", where=str(path)) from exc
         finally:
@@ -66,12 +68,21 @@ class MappedFile:
             )
         return memoryview(self._map)[start:stop] if self._map is not None else memoryview(b"")
 
+    def expect(self, start: int, stop: int) -> None:
+        """Bytes [start, stop) will be read from beginning to end: the system may read ahead there."""
+        self._advise("MADV_SEQUENTIAL", start, stop)
+
     def release(self, start: int, stop: int) -> None:
         """Let go of the pages that lie whole in bytes [start, stop): they stay in the system's cache, not in ours."""
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = stop // mmap.PAGESIZE * mmap.PAGESIZE - first
-        if self._map is not None and length > 0 and hasattr(self._map, "madvise"):
-            self._map.madvise(mmap.MADV_DONTNEED, first, length)
+        last = stop // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            self._advise("MADV_DONTNEED", first, last)
+
+    def _advise(self, advice: str, start: int, stop: int) -> None:
+        first = start // mmap.PAGESIZE * mmap.PAGESIZE
+        if self._map is not None and hasattr(self._map, "madvise") and hasattr(mmap, advice):
+            self._map.madvise(getattr(mmap, advice), first, stop - first)
 
     def check_size(self) -> None:
         """Touching pages past the end of a file that shrank kills the process, so look before long reads."""
@@ -122,6 +133,11 @@ class Region:
             )
         return self.file.view(self.offset + start, self.offset + stop)
 
+    def expect(self, start: int, stop: int) -> None:
+        """Bytes [start, stop) will be read from beginning to end; little is not worth a call."""
+        if stop - start >= _AHEAD:
+            self.file.expect(self.offset + start, self.offset + stop)
+
     def release(self, start: int, stop: int, *, last: bool) -> int:
         """Let go of the pages of bytes [start, stop) if they are worth a call; returns what is still to be let go.
 
@@ -141,6 +157,7 @@ class Region:
             if self.crc is not None:
                 found = 0
                 released = 0
+                self.expect(0, self.nbytes)
                 for start in range(0, self.nbytes, CHUNK_BYTES):
                     stop = min(start + CHUNK_BYTES, self.nbytes)
                     found = crc32(self.view(start, stop), found)

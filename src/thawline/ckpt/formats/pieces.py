@@ -25,6 +25,7 @@ ITEM_BYTES: Final[Mapping[str, int]] = {
 }  # fmt: skip
 """Bytes per element by the element type's name in the safetensors spelling."""
 
+_STREAMED: Final = 64 << 10  # who asks for smaller chunks looks at a few elements and leaves
 _GATHER: Final = 1 << 15  # elements gathered at a time from a non-contiguous view: its index table stays in the cache
 _MAX_ELEMENTS: Final = 1 << 60  # products of shapes stay inside 64 bits
 
@@ -184,6 +185,8 @@ def _stored_chunks(parts: Sequence[Part], item: int, chunk_bytes: int) -> Iterat
     for part in parts:
         if isinstance(part, Linear):
             released = part.offset
+            if chunk_bytes >= _STREAMED:
+                part.region.expect(part.offset, part.offset + part.count * item)
             for start in range(0, part.count, step):
                 stop = min(start + step, part.count)
                 begin, end = part.offset + start * item, part.offset + stop * item

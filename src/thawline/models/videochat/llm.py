@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from thawline.core import hub
 from thawline.core.extras import need
 from thawline.errors import CheckpointError
 from thawline.models.videochat.config import MODEL_TYPE, Family
@@ -28,7 +29,7 @@ def family_of(folder: Path) -> Family:
         kind = str(json.loads(path.read_text(encoding="utf-8")).get("model_type", ""))
     except FileNotFoundError as exc:
         raise CheckpointError(
-            "no config.json here", where=str(folder), fix="name the language model's directory"
+            "no config.json here", where=str(folder), fix=hub.remedy(folder) or "name the language model's directory"
         ) from exc
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as exc:
         raise CheckpointError(f"config.json cannot be read: {exc}", where=str(folder)) from exc

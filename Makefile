@@ -38,7 +38,7 @@ format: install
 	$(BIN)/ruff check --fix src tests benchmarks
 
 storm: install
-	$(BIN)/python -m pytest -m storm
+	$(BIN)/python -m pytest -m storm -s
 
 bench: install
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

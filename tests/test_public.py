@@ -23,10 +23,13 @@ NAMES = [
     "SelectorError",
     "Stopped",
     "ThawlineError",
+    "average",
     "convert",
+    "export",
     "load",
     "resume",
     "train",
+    "verify",
 ]
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from thawline.api import train as train
     from thawline.ckpt.convert import ConversionReport as ConversionReport
     from thawline.ckpt.convert import convert as convert
+    from thawline.ckpt.verify import verify as verify
     from thawline.errors import BaseMismatch as BaseMismatch
     from thawline.errors import CheckpointError as CheckpointError
     from thawline.errors import DataError as DataError
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from thawline.errors import ThawlineError as ThawlineError
     from thawline.freeze.audit import AuditReport as AuditReport
     from thawline.freeze.plan import FreezePlan as FreezePlan
+    from thawline.tasks.averaging import average as average
+    from thawline.tasks.exporting import export as export
     from thawline.tasks.loading import load as load
 
 _HOMES = {
@@ -42,9 +45,12 @@ _HOMES = {
     "SelectorError": "thawline.errors",
     "Stopped": "thawline.errors",
     "ThawlineError": "thawline.errors",
+    "average": "thawline.tasks.averaging",
     "convert": "thawline.ckpt.convert",
+    "export": "thawline.tasks.exporting",
     "load": "thawline.tasks.loading",
     "resume": "thawline.api",
+    "verify": "thawline.ckpt.verify",
 }
 
 __all__ = sorted([*_HOMES, "train"])  # pyright: ignore[reportUnsupportedDunderAll]

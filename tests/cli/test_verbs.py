@@ -217,7 +217,7 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_ends_with_a_message(tmp_path:
         text=True,
         preexec_fn=small_files,
     )
-    assert done.returncode == 4, done.stderr
+    assert done.returncode == 75, done.stderr
     assert "Traceback" not in done.stderr
     assert kept <= {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()}
     finished = subprocess.run(

@@ -1,4 +1,4 @@
-"""Long recordings, times of tokens and second attempts: transformers' own results as plain values. Tiny random weights."""
+"""Long recordings, times of tokens, second attempts: transformers' own results as plain values. Tiny random weights."""
 
 from __future__ import annotations
 

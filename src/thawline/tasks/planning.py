@@ -135,9 +135,9 @@ def _of_recipe(recipe: Recipe, task: Task) -> Preview:
         recompute_(model)
     momentum = recipe.optim.momentum if recipe.optim.name == "sgd" else 0.0
     memory = tuple(estimate(r, optimizer=recipe.optim.name, momentum=momentum) for r in phases)
-    notes = tuple(getattr(task, "notes", ()))
     findings = doctor.before(model, phases[0])
     activations, seen = _first_batch(recipe, task, model, phases[0])
+    notes = tuple(getattr(task, "notes", ()))  # some are known only once the samples have been opened
     return Preview(phases, memory, (*findings, *seen), recipe.optim.lr, notes, activations)
 
 

@@ -32,7 +32,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "verify": ("thawline.cli.verify:verify", "Check any checkpoint for damage."),
     "diff": ("thawline.cli.diff:diff", "Which tensors differ between two models or checkpoints, and how much."),
     "data": ("thawline.cli.data:data", "Check a data set before training on it."),
-    "serve": ("thawline.cli.serve:serve", "Recognise speech over HTTP: a page, OpenAI's call, live speech."),
+    "serve": ("thawline.cli.serve:serve", "Serve a model over HTTP: speech to text, or a video that is asked about."),
     "runs": ("thawline.cli.runs:runs", "List the runs in a folder, and how each of them stands."),
     "explain": ("thawline.cli.explain:explain", "Say more about an exit code, an error, a finding or a grade."),
     "env": ("thawline.cli.env:env", "What is installed and works here."),

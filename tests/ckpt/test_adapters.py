@@ -139,3 +139,20 @@ def test_an_adapter_that_is_not_a_product_added_to_a_weight_is_refused(
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(CheckpointError, match=message):
         convert(tmp_path / "lora", tmp_path / "m", to="safetensors", base=tmp_path / "base.safetensors")
+
+
+def test_an_embedding_that_peft_saves_beside_its_adapter_does_not_undo_it(tmp_path: Path) -> None:
+    want = adapter(tmp_path)
+    file = tmp_path / "lora/adapter_model.safetensors"
+    own = load_file(tmp_path / "base.safetensors")["body.embed.weight"]
+    # What `save_pretrained` adds for an adapted embedding of a Hugging Face model (save_embedding_layers).
+    save_file({**load_file(file), "base_model.model.body.embed.base_layer.weight": own}, file)
+    convert(tmp_path / "lora", tmp_path / "m.safetensors", to="safetensors", base=tmp_path / "base.safetensors")
+    have = load_file(tmp_path / "m.safetensors")
+    assert all(torch.equal(have[name], tensor) for name, tensor in want.items())
+
+
+def test_an_adapter_alone_is_no_model(tmp_path: Path) -> None:
+    adapter(tmp_path)
+    with pytest.raises(CheckpointError, match="what it is added to is in its base"):
+        convert(tmp_path / "lora", tmp_path / "m", to="hf")

@@ -28,7 +28,7 @@ from thawline.ckpt.formats import whisper_names
 from thawline.ckpt.formats.casting import cast
 from thawline.ckpt.source import open_source
 from thawline.core.digest import digest_bytes, digest_tensor, fingerprint
-from thawline.errors import BaseMismatch, CheckpointError
+from thawline.errors import BaseMismatch, CheckpointError, RecipeError
 
 
 def tree(path: Path) -> dict[str, str]:
@@ -282,9 +282,9 @@ def test_integers_and_booleans_keep_their_element_type(tmp_path: Path) -> None:
 
 def test_an_unknown_element_type_or_target_is_answered_with_the_known_ones(tmp_path: Path) -> None:
     foreign.state_dict(tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match="fp32, bf16"):
+    with pytest.raises(RecipeError, match="fp32, bf16"):
         convert(tmp_path / "x.pt", tmp_path / "y", to="torch", dtype="int4")
-    with pytest.raises(CheckpointError, match="safetensors, torch"):
+    with pytest.raises(RecipeError, match="safetensors, torch"):
         convert(tmp_path / "x.pt", tmp_path / "y", to="onnx")
 
 
@@ -307,12 +307,16 @@ def test_names_are_changed_by_a_mapping_with_prefixes_or_by_patterns(tmp_path: P
         ({"nte.": ""}, "changes none"),
         ([("net.up.weight", "x"), ("net.down.weight", "x")], "2 tensors the name 'x'"),
         ([("(", "x")], "no regular expression"),
+        ([("net", r"\9")], "no regular expression and replacement"),
+        ({"net.up.weight": ""}, "'net.up.weight' the name ''"),
+        ({"net.up.weight": "\ud800"}, "'net.up.weight' the name"),
     ],
 )
 def test_a_table_of_names_that_cannot_be_meant_is_refused(rename: module.Rename, message: str, tmp_path: Path) -> None:
     foreign.lightning(tmp_path / "x.ckpt")
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(RecipeError, match=message):
         convert(tmp_path / "x.ckpt", tmp_path / "y.pt", to="torch", rename=rename)
+    assert not (tmp_path / "y.pt").exists()
 
 
 def test_tables_are_read_from_json_and_yaml(tmp_path: Path) -> None:
@@ -321,7 +325,7 @@ def test_tables_are_read_from_json_and_yaml(tmp_path: Path) -> None:
     assert read_rename_table(tmp_path / "a.json") == {"net.": ""}
     assert read_rename_table(tmp_path / "b.yaml") == [("^net\\.", "")]
     (tmp_path / "c.json").write_text("3")
-    with pytest.raises(CheckpointError, match="neither a mapping"):
+    with pytest.raises(RecipeError, match="neither a mapping"):
         read_rename_table(tmp_path / "c.json")
 
 
@@ -618,3 +622,67 @@ def test_a_report_is_the_same_but_for_the_time_when_made_twice(tmp_path: Path) -
     convert(tmp_path / "run", tmp_path / "b.safetensors", to="safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert re.fullmatch(r"[0-9a-f]{64}", convert(tmp_path / "run", tmp_path / "c.pt", to="torch").fingerprint)
+
+
+def test_a_delta_may_be_the_base_of_the_one_made_over_it(tmp_path: Path) -> None:
+    base = foreign.state_dict(tmp_path / "0.pt")
+    states = [base, base | {"up.bias": torch.full((11,), 3.0)}]
+    states.append(states[1] | {"down.weight": torch.ones_like(base["down.weight"])})
+    for number in (1, 2):
+        torch.save(states[number], tmp_path / f"{number}.pt")
+        convert(
+            tmp_path / f"{number}.pt",
+            tmp_path / f"{number}.safetensors",
+            to="delta",
+            base=tmp_path / f"{number - 1}.pt",
+        )
+    convert(tmp_path / "2.safetensors", tmp_path / "m.pt", to="torch", base=tmp_path / "1.safetensors")
+    same(torch.load(tmp_path / "m.pt", weights_only=True), states[2])
+    # And the base of one that is made: what it stands for, not the few tensors in the file.
+    convert(tmp_path / "2.pt", tmp_path / "again.safetensors", to="delta", base=tmp_path / "1.safetensors")
+    convert(tmp_path / "again.safetensors", tmp_path / "o.pt", to="torch", base=tmp_path / "1.pt")
+    same(torch.load(tmp_path / "o.pt", weights_only=True), states[2])
+    with pytest.raises(BaseMismatch, match="belongs to another base"):
+        convert(tmp_path / "1.safetensors", tmp_path / "n.pt", to="torch", base=tmp_path / "2.safetensors")
+
+
+def test_what_a_delta_takes_from_its_base_under_a_new_name_is_not_lost_without_it(tmp_path: Path) -> None:
+    base = {"w": torch.ones(2)}
+    delta = delta_of(BaseRef.of(base), {"inner.w": torch.ones(2), "new": torch.zeros(1)})
+    write_delta(tmp_path / "d.safetensors", delta)
+    with pytest.raises(CheckpointError, match="1 tensors are in its base only"):
+        convert(tmp_path / "d.safetensors", tmp_path / "m.pt", to="torch")
+
+
+def test_a_tag_that_chooses_nothing_and_averages_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    state = foreign.state_dict(tmp_path / "x.pt")
+    foreign.huggingface(tmp_path / "hf")
+    foreign.small_dcp(tmp_path / "dcp")
+    write_delta(tmp_path / "d.safetensors", delta_of(BaseRef.of({"w": torch.ones(1)}), {"w": torch.zeros(1)}))
+    (tmp_path / "run/checkpoints/step-00000010").mkdir(parents=True)
+    for name, message in (
+        ("x.pt", "is one checkpoint"),
+        ("hf", "is one checkpoint"),
+        ("dcp", "no first key 'step-00000020'"),
+        ("run", "has no checkpoint 'step-00000020'"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            convert(tmp_path / name, tmp_path / "m.pt", to="torch", tag="step-00000020")
+    with pytest.raises(CheckpointError, match="is a delta, which keeps no averaged weights"):
+        convert(tmp_path / "d.safetensors", tmp_path / "m.pt", to="torch", only="ema")
+    # A folder of somebody else's checkpoints is no run.
+    (tmp_path / "exp/checkpoints").mkdir(parents=True)
+    torch.save(state, tmp_path / "exp/final.pt")
+    assert convert(tmp_path / "exp", tmp_path / "m.pt", to="torch").tensors == len(state)
+
+
+def test_what_safetensors_cannot_name_is_refused_with_the_cause(tmp_path: Path) -> None:
+    torch.save({"__metadata__": torch.ones(1)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="a name that safetensors keeps for itself"):
+        convert(tmp_path / "x.pt", tmp_path / "m.safetensors", to="safetensors")
+
+
+def test_a_device_or_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="neither a file nor a folder"):
+        convert(tmp_path / "pipe", tmp_path / "m.pt", to="torch")

@@ -231,6 +231,34 @@ def test_stopped_between_any_two_files_the_old_checkpoint_is_the_newest_whole_on
     assert whole_steps(root) == [1, 2]
 
 
+def test_a_run_that_went_back_takes_the_future_it_gave_up_away_from_its_mirror(tmp_path: Path, root: str) -> None:
+    run = tmp_path / "run"
+    for step in (1, 3, 4, 2):  # back to 1 after 4
+        mirror_checkpoint(checkpoint(run, step), root)
+    assert whole_steps(root) == [1, 2]
+
+
+def test_rows_that_are_appended_while_they_are_sent_do_not_spoil_the_mirror(
+    tmp_path: Path, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    new = checkpoint(run, 1)
+    rows = run / "metrics.jsonl"
+    rows.write_text("1\n")
+    honest = Place.send
+
+    def send(self: Place, path: Path) -> None:
+        with rows.open("a") as log:
+            log.write("2\n")
+        honest(self, path)
+
+    monkeypatch.setattr(Place, "send", send)
+    mirror_checkpoint(new, root)
+    sent = (Place(root) / "metrics.jsonl").read()
+    assert rows.read_bytes().startswith(sent)
+    assert len(sent) < rows.stat().st_size  # as it was before the last file was sent
+
+
 def test_a_folder_that_was_not_sent_whole_is_no_model(root: str, tmp_path: Path) -> None:
     foreign.huggingface(tmp_path / "hf")
     send_folder(tmp_path / "hf", Place(f"{root}/hf"))

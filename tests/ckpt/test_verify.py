@@ -104,3 +104,39 @@ def test_every_real_checkpoint_verifies(shared: Path) -> None:
         report = verify(root / case["path"])
         assert report.ok, report.table()
         assert report.tensors == case["tensors"]
+
+
+@pytest.mark.parametrize("to", ["safetensors", "hf", "delta"])
+def test_a_flipped_byte_in_what_was_converted_stops_the_next_conversion_too(to: str, tmp_path: Path) -> None:
+    base = foreign.state_dict(tmp_path / "base.pt")
+    torch.save(base | {"up.bias": torch.full((11,), 3.0)}, tmp_path / "x.pt")
+    made = tmp_path / ("m" if to == "hf" else "m.safetensors")
+    convert(tmp_path / "x.pt", made, to=to, base=tmp_path / "base.pt" if to == "delta" else None)
+    flip(made / "model.safetensors" if to == "hf" else made, -3)
+    assert "is altered: digest" in verify(made).problems[0]
+    with pytest.raises(CheckpointError, match="is altered: digest"):
+        convert(made, tmp_path / "y.pt", to="torch", base=tmp_path / "base.pt" if to == "delta" else None)
+    assert not (tmp_path / "y.pt").exists()
+
+
+def test_a_tensor_that_the_record_of_digests_names_and_the_file_lacks_is_a_problem(tmp_path: Path) -> None:
+    for record, message in (({"b": "0" * 64}, "1 tensors are missing, first 'b'"), ({"a": 3}, "damaged")):
+        save_file({"a": torch.ones(1)}, tmp_path / "m.safetensors", metadata={"thawline.digests": json.dumps(record)})
+        assert message in verify(tmp_path / "m.safetensors").problems[0]
+
+
+def test_a_name_that_is_no_text_is_damage(tmp_path: Path) -> None:
+    header = b'{"x\\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    (tmp_path / "m.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert "its metadata are damaged" in verify(tmp_path / "m.safetensors").problems[0]
+
+
+def test_a_checkpoint_whose_base_is_gone_is_verified_alone(tmp_path: Path) -> None:
+    base = {"w": torch.ones(2), "b": torch.zeros(2)}
+    gone = BaseRef.of(base, path=str(tmp_path / "gone"))
+    path = save_checkpoint(tmp_path, step=1, delta=base | {"b": torch.ones(2)}, optimizer={}, state={}, base=gone)
+    report = verify(path)
+    assert report.ok
+    assert report.not_held == {"w": "unchanged from the base"}
+    with pytest.raises(CheckpointError, match="a base that is not given"):
+        convert(path, tmp_path / "m.pt", to="torch")

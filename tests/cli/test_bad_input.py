@@ -124,6 +124,38 @@ def test_a_bad_recording_ends_transcribe_with_three(
     assert "bad.wav" in err
 
 
+def five_frames(path: Path) -> None:
+    soundfile.write(path, np.zeros(200 + 4 * 80, np.float32) + 0.01, 8000)
+
+
+@pytest.mark.parametrize("mode", [(), ("--mode", "attention")])
+def test_a_recording_too_short_for_the_encoder_is_named_whatever_is_decoded_beside_it(
+    recipe: Path, mode: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    five_frames(recipe.parent / "short.wav")
+    write_wav(recipe.parent / "whole.wav", 0.7, 300)
+    for beside in ((), (recipe.parent / "whole.wav",)):
+        code, _, err = call(capsys, "transcribe", recipe.parent / "base", recipe.parent / "short.wav", *beside, *mode)
+        assert code == 3
+        assert "short.wav: 520 samples at 8000 Hz are less than one frame of the encoder" in err
+
+
+def test_an_utterance_too_short_for_the_encoder_costs_an_evaluation_one_sample(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    five_frames(recipe.parent / "short.wav")
+    write_wav(recipe.parent / "whole.wav", 0.7, 300)
+    rows = [{"key": name, "wav": f"{name}.wav", "txt": "a b"} for name in ("short", "whole")]
+    (recipe.parent / "two.list").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # One a batch: alone it would have ended the evaluation.
+    code, out, _ = call(
+        capsys, "evaluate", recipe.parent / "base", recipe.parent / "two.list", "--batch", "1", "--json"
+    )
+    assert code == 0
+    found = json.loads(out)
+    assert (found["utterances"], found["unreadable"]) == (2, 1)
+
+
 def three_hours(path: Path) -> None:
     with wave.open(str(path), "wb") as out:
         out.setnchannels(1)
@@ -293,3 +325,49 @@ def test_a_bad_shard_ends_in_three_and_is_found_by_data_check(
     code, out, _ = call(capsys, "data", "check", recipe.parent / "train.list", "--json")
     assert message in out
     assert code == (3 if more else 0)  # with such a member nothing of the shard is read, and nothing is left
+
+
+# --- options and places that cannot be meant ---
+
+
+@pytest.mark.parametrize(
+    "option", [("--limit", "0"), ("--limit", "-1"), ("--batch", "0"), ("--workers", "-1")], ids=lambda o: " ".join(o)
+)
+def test_numbers_that_cannot_be_meant_are_refused_by_evaluate(
+    recipe: Path, option: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = call(capsys, "evaluate", recipe.parent / "base", recipe.parent / "dev.list", *option, "--json")
+    assert code == 2
+    assert f"Invalid value for '{option[0]}'" in json.loads(out)["error"]["what"]
+
+
+@pytest.mark.parametrize("option", ["--out", "--html"])
+def test_a_place_where_evaluate_cannot_write_is_named(
+    recipe: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (recipe.parent / "file").write_text("not a folder")
+    place = recipe.parent / "file" / "result"
+    code, out, _ = call(capsys, "evaluate", recipe.parent / "base", recipe.parent / "dev.list", option, place, "--json")
+    assert code == 4
+    assert json.loads(out)["error"]["where"] == str(place)
+
+
+def test_a_place_where_transcribe_and_init_cannot_write_is_named(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (recipe.parent / "file").write_text("not a folder")
+    write_wav(recipe.parent / "whole.wav", 0.7, 300)
+    code, _, err = call(
+        capsys,
+        "transcribe",
+        recipe.parent / "base",
+        recipe.parent / "whole.wav",
+        "--srt",
+        "--out",
+        recipe.parent / "file",
+    )
+    assert code == 4
+    assert str(recipe.parent / "file" / "whole.srt") in err
+    code, _, err = call(capsys, "init", recipe.parent / "base", "-o", recipe.parent / "file" / "r.yaml")
+    assert code == 4
+    assert str(recipe.parent / "file" / "r.yaml") in err

@@ -110,6 +110,26 @@ def test_adapters_in_a_delta_away_from_their_run_are_refused_with_what_to_do(dat
     assert "thawline export RUN" in caught.value.fix
 
 
+def test_adapters_are_not_written_into_a_form_that_has_no_place_for_them(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = trained(data, "lora", LORA)
+    tag = f"step-{steps(done)[-1]:08d}"
+    assert run(["convert", str(done), str(tmp_path / "x.pt"), "--to", "wenet", "--tag", tag]) == 4
+    assert "holds LoRA adapters" in capsys.readouterr().err
+    assert run(["convert", str(done), str(tmp_path / "x.pt"), "--to", "wenet"]) == 0
+
+
+@pytest.mark.parametrize("verb", ["export", "average"])
+def test_a_run_is_never_replaced_by_what_is_made_of_it(verb: str, data: Path, tmp_path: Path) -> None:
+    done = tmp_path / "run"
+    shutil.copytree(trained(data, "plain", RECIPE), done)
+    last = steps(done)[-1]
+    for target in (done, done / "checkpoints" / f"step-{last:08d}"):
+        assert run([verb, str(done), str(target), "--step", str(last), "--force"]) == 4
+    assert steps(done) == steps(data / "plain")
+
+
 def test_averages_kept_by_a_run_are_its_result_and_the_raw_weights_can_be_had(data: Path, tmp_path: Path) -> None:
     done = trained(data, "ema", EMA, "run.checkpoint.best=null")
     for only in ("weights", "ema"):
@@ -144,19 +164,19 @@ def test_the_mean_of_the_last_and_of_the_best_checkpoints(data: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("argv", "code", "message"),
     [
-        (["--last", "99"], "of the 99 checkpoints asked for"),
-        ([], "nothing says which checkpoints to average"),
-        (["--last", "1", "--best", "1"], "--last and --best says"),
-        (["--step", "1234"], "has 0 of the 1 checkpoints"),
+        (["--last", "99"], 4, "of the 99 checkpoints asked for"),
+        ([], 2, "nothing says which checkpoints to average"),
+        (["--last", "1", "--best", "1"], 2, "--last and --best says"),
+        (["--step", "1234"], 4, "has 0 of the 1 checkpoints"),
     ],
 )
 def test_averages_that_cannot_be_meant_are_refused(
-    argv: list[str], message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    argv: list[str], code: int, message: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = trained(data, "plain", RECIPE)
-    assert run(["average", str(done), str(tmp_path / "x"), *argv]) == 4
+    assert run(["average", str(done), str(tmp_path / "x"), *argv]) == code
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
@@ -264,3 +284,38 @@ def test_what_a_plan_froze_again_costs_its_moments_once_and_a_fork_costs_nothing
     assert last.stat().st_size > 2 * (last.parent / OPTIMIZER).stat().st_size
     assert run(["resume", str(done), "--fork", str(tmp_path / "fork")]) == 0
     assert (tmp_path / "fork" / "checkpoints" / last.parent.name / PARKED).samefile(last)
+
+
+def test_a_wenet_file_that_is_averaged_is_not_replaced_and_one_without_a_loss_is_not_among_the_best(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for epoch, text in enumerate(
+        ("loss_dict: {loss: 2.0}", "", "- no mapping", "loss_dict: [", "loss_dict: {loss: 1.0}")
+    ):
+        torch.save({"w": torch.full((2,), float(epoch))}, tmp_path / f"epoch_{epoch}.pt")
+        (tmp_path / f"epoch_{epoch}.yaml").write_text(text)
+    assert run(["average", str(tmp_path), str(tmp_path / "avg.pt"), "--best", "2"]) == 0
+    assert torch.load(tmp_path / "avg.pt", weights_only=True)["w"].tolist() == [2.0, 2.0]
+    assert run(["average", str(tmp_path), str(tmp_path / "avg3.pt"), "--best", "3"]) == 4
+    assert "has 2 of the 3" in capsys.readouterr().err
+    assert run(["average", str(tmp_path), str(tmp_path / "epoch_4.pt"), "--last", "2", "--force"]) == 4
+    assert run(["average", str(tmp_path), str(tmp_path / "x.pt"), "--last", "2", "--only", "ema"]) == 4
+    assert "no averaged weights" in capsys.readouterr().err
+
+
+def test_the_base_of_a_run_may_lie_at_a_url(data: Path, tmp_path: Path) -> None:
+    done = trained(data, "plain", RECIPE)
+    step = steps(done)[0]
+    assert run(["convert", str(data / "base"), "memory://export/base", "--to", "wenet"]) == 0
+    for verb in ("export", "average"):
+        made = tmp_path / verb
+        assert run([verb, str(done), str(made), "--step", str(step), "--base", "memory://export/base"]) == 0
+        assert same(bits_of(made), bits_of(done / "checkpoints" / f"step-{step:08d}"))
+
+
+def test_a_base_that_neither_side_of_a_comparison_needs_is_refused(
+    data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = str(data / "base")
+    assert run(["diff", base, base, "--base", base]) == 2
+    assert "neither of the two leaves anything" in capsys.readouterr().err

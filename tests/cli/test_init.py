@@ -12,6 +12,7 @@ from tests.cli.speech_fixture import write_all
 
 from thawline.cli.app import run
 from thawline.tasks.asr import SpeechTask
+from thawline.tasks.kinds import kind_of
 from thawline.tasks.runs import open_recipe
 from thawline.train.recipe import Recipe, read_recipe
 
@@ -111,3 +112,20 @@ def test_every_golden_train_yaml_becomes_a_recipe_that_builds_its_model(
     assert sum(p.numel() for p in model.parameters()) > 0
     assert task.home is not None
     task.home.frontend(recipe.data.conf)
+
+
+def test_a_recipe_written_into_the_models_own_folder_does_not_make_it_a_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder / "base")
+    assert run(["init", ".", "--train", "../train.list", "--valid", "../dev.list"]) == 0
+    assert run(["plan", "recipe.yaml"]) == 0
+    assert run(["transcribe", ".", "../audio.wav"]) == 3  # the model is opened; there is no such recording
+    assert "no such audio file" in capsys.readouterr().err
+
+
+def test_a_recipe_beside_a_folder_of_models_says_nothing_about_them(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text("task: vision\n")
+    (folder / "checkpoints").mkdir()
+    (folder / "base").rename(folder / "checkpoints" / "mine")
+    assert kind_of(folder / "checkpoints" / "mine") == "speech"

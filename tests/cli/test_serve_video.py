@@ -175,6 +175,8 @@ def test_the_page_asks_and_has_no_microphone_nor_anything_from_elsewhere(client:
         (("--beam", "4"), "--beam means nothing to a videochat model"),
         (("--bert", "parts/bert"), "--bert and --config go with --part"),
         (("--temperature", "-1"), "not meant"),
+        (("--temperature", "nan"), "not meant"),
+        (("--frames", "0"), "0 is not in the range x>=1"),
     ],
 )
 def test_options_that_cannot_be_meant_are_refused_before_anything_is_served(

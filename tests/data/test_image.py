@@ -223,3 +223,24 @@ def test_an_npz_of_objects_is_refused_and_not_unpickled(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", images=np.array([{"a": 1}], dtype=object), labels=np.zeros(1, int))
     with pytest.raises(DataError, match="cannot be read"):
         read_images(tmp_path / "x.npz")
+
+
+def test_a_csv_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes("path,label\na.png,Käse\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"rows\.csv: cannot be read: 'utf-8' codec can't decode byte 0xe4"):
+        read_images(tmp_path / "rows.csv")
+
+
+def test_a_single_array_under_the_name_of_a_set_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    (tmp_path / "x.npy").rename(tmp_path / "x.npz")
+    with pytest.raises(DataError, match=r"x\.npz: cannot be read: File is not a zip file"):
+        read_images(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize(("noted", "words"), [("ant, bee", "cannot be read: Expecting value"), ("5", "classes are 5")])
+def test_names_of_classes_that_are_no_list_are_refused(tmp_path: Path, noted: str, words: str) -> None:
+    arrays = {"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([0, 1])}
+    save_file(arrays, tmp_path / "x.safetensors", metadata={"classes": noted})
+    with pytest.raises(DataError, match=words):
+        read_images(tmp_path / "x.safetensors")

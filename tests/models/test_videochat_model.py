@@ -187,7 +187,7 @@ def test_greedy_answers_are_those_of_transformers_generate(family: Family) -> No
         )
     ours = ask(model, sampling=Sampling(max_new_tokens=10))
     golden = theirs[0].tolist()
-    assert list(ours.tokens) == golden[: golden.index(2)] if 2 in golden else golden
+    assert list(ours.tokens) == (golden[: golden.index(2)] if 2 in golden else golden)
 
 
 def test_drawn_answers_follow_from_their_seed_and_move_no_global_generator() -> None:

@@ -15,6 +15,8 @@ from tests.train.toy import ToyTask, write_recipe
 from thawline.cli.app import run as cli
 from thawline.errors import RecipeError
 from thawline.report.page import write_page
+from thawline.tasks.vision_classifier import Classifier
+from thawline.tasks.vision_review import review_run
 from thawline.train.loop import train
 from thawline.train.recipe import read_recipe
 
@@ -120,6 +122,42 @@ def test_a_vision_run_gets_its_confusion_matrix_and_worst_mistakes(
     assert wrong > 0
     assert len(seen.addresses) == wrong
     assert all(address.startswith("data:image/png;base64,") for address in seen.addresses)
+
+
+def test_the_page_of_a_finished_run_shows_what_the_run_wrote_down_and_scores_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_case(tmp_path)
+    result = run_case(tmp_path, overrides=["run.epochs=1"])
+    read = review_run(result.dir)
+    (rows,) = (result.dir / "evaluations").iterdir()
+    rows.rename(tmp_path / "rows")
+    scored = review_run(result.dir)  # what runs of before these rows were kept get
+    (tmp_path / "rows").rename(rows)
+    assert read is not None
+    assert scored is not None
+    assert scored["metrics"].pop("unreadable") == 0
+    assert read["metrics"] == pytest.approx(scored["metrics"], rel=1e-5)  # other batches round otherwise
+    assert read["confusion"] == scored["confusion"]
+    assert [(m["key"], m["image"]) for m in read["mistakes"]] == [(m["key"], m["image"]) for m in scored["mistakes"]]
+    monkeypatch.setattr(Classifier, "open", lambda *_: pytest.fail("the model was opened"))
+    assert review_run(result.dir) == read
+
+
+def test_rows_of_other_images_or_of_a_run_taken_up_again_are_not_taken_for_the_models(tmp_path: Path) -> None:
+    write_case(tmp_path)
+    result = run_case(tmp_path, overrides=["run.epochs=1"])
+    (rows,) = (result.dir / "evaluations").iterdir()
+    whole = rows.read_text()
+    rows.write_text(whole.replace("blue/00", "blue/99"))
+    other = review_run(result.dir)
+    rows.write_text(whole)
+    with (result.dir / "events.jsonl").open("a") as events:
+        events.write('{"event": "resumed", "step": 3}\n')
+    again = review_run(result.dir)
+    assert other is not None
+    assert again is not None
+    assert other["metrics"]["unreadable"] == again["metrics"]["unreadable"] == 0  # scored anew
 
 
 def test_a_vision_run_whose_images_are_gone_still_has_a_page(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_a_run_that_a_process_trains_in_is_running(runs: Path):
 def test_a_run_whose_recipe_cannot_be_read_is_listed_as_such(runs: Path, tmp_path: Path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "recipe.yaml").write_text("task: [")
+    (tmp_path / "broken" / "base.json").write_text("{}")
     assert list_runs(tmp_path)[0].status == "unreadable"
 
 

@@ -59,6 +59,9 @@ def test_every_mode_gives_the_models_own_tokens_with_a_score(folder: Path, mode:
         ),
         ({"hotwords": ("abc",), "mode": "attention"}, "attention does not take a context"),
         ({"prompt": "Mr. Quilter"}, "prompt is for Whisper alone"),
+        ({"task": "translate"}, "this model cannot translate"),
+        ({"left_chunks": -7}, "left_chunks: input should be greater than or equal to -1"),
+        ({"length_penalty": float("nan")}, "length_penalty: input should be a finite number"),
     ],
 )
 def test_what_a_model_cannot_do_is_refused_before_anything_is_decoded(

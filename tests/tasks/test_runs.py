@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.train.runs import AtStep
-from tests.train.toy import RECIPE, write_recipe
+from tests.train.runs import AtStep, events
+from tests.train.toy import RECIPE, ToyTask, write_recipe
 
 from thawline.ckpt.load import read_checkpoint
 from thawline.ckpt.save import save_checkpoint
-from thawline.errors import CheckpointError, LawBroken, Stopped
+from thawline.errors import CheckpointError, LawBroken, RecipeError, Stopped
 from thawline.tasks import runs
+from thawline.tasks.listing import list_runs
 
 
 @pytest.fixture
@@ -80,3 +85,91 @@ def test_nothing_to_repeat_from_is_said(toy: Path, tmp_path: Path) -> None:
     runs.branch(runs._begun(toy / "run"), runs.RunDirectory(forked), step=21)
     with pytest.raises(CheckpointError, match="no earlier checkpoint is kept"):
         runs.repeat_steps(forked, 3)
+
+
+def test_a_torn_newest_checkpoint_is_passed_over_by_the_repetition_too(toy: Path) -> None:
+    (toy / "run" / "checkpoints" / "step-00000021" / "delta.safetensors").write_bytes(b"")
+    assert runs.repeat_steps(toy / "run", 5) == 6  # up to step 18, from that of step 12
+
+
+def test_a_repetition_is_not_sent_to_the_mirror_and_has_no_time_limit(toy: Path) -> None:
+    recipe = toy / "run" / "recipe.yaml"
+    mirror = f"mirror: {(toy / 'mirror').as_uri()}"
+    recipe.write_text(
+        recipe.read_text().replace("mirror: null", mirror).replace("time_limit: null", "time_limit: 0 minutes")
+    )
+    assert mirror in recipe.read_text()
+    assert runs.repeat_steps(toy / "run", 5) == 6
+    assert not (toy / "mirror").exists()
+
+
+def test_a_repetition_that_is_stopped_says_so_of_the_run_and_not_of_its_copy(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hurried(ToyTask):
+        def loss(self, model: Any, batch: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().loss(model, batch)
+
+    monkeypatch.setattr(runs, "task_of", lambda recipe: Hurried())
+    with pytest.raises(Stopped, match="the run is as it was; while its last steps were repeated: stopped by") as caught:
+        runs.repeat_steps(toy / "run", 5)
+    assert caught.value.fix == f"thawline resume {toy / 'run'}"
+
+
+def test_a_fork_is_resumed_without_the_mirror_of_the_run(toy: Path) -> None:
+    recipe = toy / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("mirror: null", f"mirror: {(toy / 'mirror').as_uri()}"))
+    runs.resume(toy / "run", step=9, fork=toy / "fork")
+    runs.resume(toy / "fork", step=12)
+    assert not (toy / "mirror").exists()
+
+
+@pytest.mark.parametrize(("step", "fork"), [(4, "fork"), (4, None)])
+def test_a_step_that_is_not_kept_is_refused_with_those_that_are(toy: Path, step: int, fork: str | None) -> None:
+    (toy / "run" / "checkpoints" / "step-00000003").rename(toy / "run" / "checkpoints" / "step-00000003.bak")
+    with pytest.raises(CheckpointError, match="no checkpoint of step 4") as caught:
+        runs.resume(toy / "run", step=step, fork=fork and toy / fork)
+    assert caught.value.fix == "kept are the steps [6, 7, 9, 12, 14, 15, 18, 21]"
+    assert not (toy / "fork").exists()
+
+
+def test_a_fork_into_a_folder_that_is_there_is_refused(toy: Path) -> None:
+    with pytest.raises(RecipeError, match="exists already") as caught:
+        runs.resume(toy / "run", fork=toy / "base")
+    assert "--force" not in caught.value.fix
+
+
+@pytest.mark.parametrize("override", ["optim.lr=0.5", "optim.lrr=0.5"])
+def test_a_fork_that_is_refused_leaves_nothing_in_the_way_of_the_next(toy: Path, override: str) -> None:
+    with pytest.raises(RecipeError):
+        runs.resume(toy / "run", [override], fork=toy / "fork")
+    assert not (toy / "fork").exists()
+
+
+def test_what_was_allowed_once_is_what_the_run_is_from_then_on(toy: Path) -> None:
+    with pytest.raises(Stopped):
+        runs.resume(toy / "run", ["optim.lr=0.5"], step=9, allow=["optim.lr"], monitor=AtStep(10))
+    shutil.rmtree(toy / "run" / "checkpoints" / "step-00000010")  # as if it had been killed before any other save
+    runs.resume(toy / "run")
+    assert [e["grade"] for e in events(toy / "run", "resumed")] == ["CONTINUES", "EXACT"]
+    assert runs.repeat_steps(toy / "run", 20) == 12  # from step 9 on, and not from before the change
+    whole = runs.resume(toy / "run", step=9, fork=toy / "whole")
+    assert model_bytes(toy / "run") == model_bytes(whole.dir)
+
+
+def test_a_finished_run_without_checkpoints_is_not_trained_again(toy: Path) -> None:
+    before = model_bytes(toy / "run")
+    shutil.rmtree(toy / "run" / "checkpoints")
+    with pytest.raises(CheckpointError, match="finished, and none of its checkpoints is left"):
+        runs.resume(toy / "run")
+    assert model_bytes(toy / "run") == before
+
+
+def test_a_damaged_log_is_named_with_its_line(toy: Path) -> None:
+    log = toy / "run" / "metrics.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'{"step": 2,', b"\0" * 11))
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:2: the line is damaged"):
+        runs.resume(toy / "run")
+    (row,) = list_runs(toy / "run")
+    assert row.status == "unreadable"

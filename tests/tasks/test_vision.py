@@ -457,3 +457,18 @@ def tiny_vit(folder: Path) -> nn.Module:
 def test_a_confusion_matrix_counts_rows_as_truth() -> None:
     rows = [{"label": "a", "predicted": "b"}, {"label": "a", "predicted": "a"}, {"label": "b", "predicted": "b"}]
     assert confusion(rows, ["a", "b"]).tolist() == [[1, 1], [0, 1]]
+
+
+def test_a_description_that_lacks_a_part_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "vision.json").write_text('{"format": 1, "architecture": {"kind": "function"}}')
+    with pytest.raises(CheckpointError, match=r"vision\.json: the description of the model cannot be read: 'name'"):
+        tl.load(tmp_path)
+
+
+def test_evaluate_says_how_many_images_it_could_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_case(tmp_path)
+    result = run_case(tmp_path, overrides=["run.epochs=1", "plan.thaw=[]"])
+    (tmp_path / "valid" / "blue" / "00.png").write_bytes(b"no image")
+    capsys.readouterr()
+    assert cli(["evaluate", str(result.dir), str(tmp_path / "valid")]) == 0
+    assert "over 15 images\n1 could not be read" in capsys.readouterr().out

@@ -30,6 +30,7 @@ FREE = {
     "run.tensorboard",
     "run.checkpoint.every",
     "run.checkpoint.keep",
+    "run.checkpoint.keep_every",
     "run.checkpoint.mirror",
     "run.checkpoint.on_error",
     "run.nonfinite.limit",

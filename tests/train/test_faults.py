@@ -17,7 +17,8 @@ from tests.train.toy import Points, ToyTask, write_recipe
 
 from thawline.ckpt import store
 from thawline.ckpt.store import Buffer, StorageError
-from thawline.errors import LawBroken, Stopped, ThawlineError
+from thawline.errors import LawBroken, RecipeError, Stopped, ThawlineError
+from thawline.train.ema import Ema
 from thawline.train.rundir import RowLog, read_rows
 
 
@@ -103,6 +104,25 @@ def test_without_any_checkpoint_it_is_the_storage_error_itself(tmp_path: Path, d
     with pytest.raises(StorageError) as caught:
         run(tmp_path, "run", ["run.checkpoint.on_error=stop"], monitor=Spell(disk, 1, 999))
     assert caught.value.exit_code == 4
+
+
+def test_a_run_taken_up_on_a_full_disk_ends_in_75_too(tmp_path: Path, disk: Refusing) -> None:
+    write_recipe(tmp_path)
+    with pytest.raises(Stopped):
+        run(tmp_path, "run", monitor=AtStep(9))
+    disk.code = errno.ENOSPC
+    with pytest.raises(Stopped, match="last whole checkpoint is step-00000009"):
+        run(tmp_path, "run")
+    disk.code = 0
+    assert bits(run(tmp_path, "run").dir) == bits(run(tmp_path, "whole").dir)
+
+
+def test_a_place_that_can_hold_no_run_is_refused(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    with pytest.raises(RecipeError, match="is not a folder"):
+        run(tmp_path, recipe.name)
+    with pytest.raises(StorageError, match="Not a directory"):
+        run(tmp_path, f"{recipe.name}/run")
 
 
 # --- logs -------------------------------------------------------------------------------------------------------------
@@ -248,6 +268,27 @@ def test_an_update_that_is_cut_off_leaves_the_checkpoint_before_it(
             run(tmp_path, "run")
     assert checkpoints(tmp_path / "run")[-1].name == "step-00000009"
     assert bits(run(tmp_path, "run").dir) == bits(whole.dir)
+
+
+def test_averages_that_are_cut_off_on_their_way_out_of_the_model_are_not_saved_as_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_recipe(tmp_path)
+    whole = run(tmp_path, "whole", ["run.ema={}"])
+    usual, calls = Ema._put_, []
+
+    def put(self: Ema, values: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:  # the weights come back after the evaluation of step 7
+            raise KeyboardInterrupt
+        usual(self, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ema, "_put_", put)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "run", ["run.ema={}"])
+    assert checkpoints(tmp_path / "run")[-1].name == "step-00000006"
+    assert bits(run(tmp_path, "run", ["run.ema={}"]).dir) == bits(whole.dir)
 
 
 def test_a_broken_law_is_never_saved(tmp_path: Path) -> None:

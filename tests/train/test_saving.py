@@ -38,6 +38,29 @@ def test_checkpoints_come_as_often_as_the_recipe_says(tmp_path: Path, every: str
     assert saved(made.dir) == steps
 
 
+def test_milestones_stay_beside_the_newest(tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    made = run(tmp_path, "run", [*ALL, "run.checkpoint={every: 2 steps, keep: 1, keep_every: 6}"])
+    assert saved(made.dir) == [6, 12, 18, 21]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("run.checkpoint.every=0 epochs", "must be more than nothing"),
+        ("run.evaluate=0%", "must be more than nothing"),
+        ("run.time_limit=10 steps", "in minutes or hours"),
+        ("run.time_limit=30", "in minutes or hours"),
+        ("run.checkpoint.every=5 parsecs", "'5 parsecs' is not a stretch of training: write a number and steps"),
+    ],
+)
+def test_a_stretch_that_cannot_be_meant_is_refused_at_its_place(tmp_path: Path, override: str, words: str) -> None:
+    write_recipe(tmp_path)
+    with pytest.raises(RecipeError, match=words) as caught:
+        read_recipe(tmp_path / "toy.yaml", [override])
+    assert caught.value.where == f"override '{override}'"
+
+
 class Hands(AtStep):
     """A clock that is put forward by 40 seconds a step."""
 

@@ -76,6 +76,16 @@ def merge(adapter: Plan, base: Plan, *, path: Path, base_path: Path) -> Plan:
             plain[own.replace(".base_layer.", ".")] = tensor
     scale = _Scale(config)
     tensors = dict(base.tensors)
+    # Whole tensors first: where peft saves an adapted embedding itself too, the adapter still goes on top of it.
+    for name, tensor in plain.items():
+        target = _name_in(base, name, path, base_path)
+        if tensor.info.shape != base.tensors[target].info.shape:
+            raise BaseMismatch(
+                f"{target} is {tensor.info.shape} here and {base.tensors[target].info.shape} in the base {base_path}",
+                where=str(path),
+                fix="give the base it was trained from",
+            )
+        tensors[target] = tensor.renamed(target, origin=ADAPTER)
     for module, sides in pairs.items():
         target = _name_in(base, f"{module}.weight", path, base_path)
         if set(sides) != {"A", "B"}:
@@ -86,15 +96,6 @@ def merge(adapter: Plan, base: Plan, *, path: Path, base_path: Path) -> Plan:
         tensors[target] = _merged(
             tensors[target], sides["A"], sides["B"], factor, flip=flip, twice=embedding, where=path
         )
-    for name, tensor in plain.items():
-        target = _name_in(base, name, path, base_path)
-        if tensor.info.shape != base.tensors[target].info.shape:
-            raise BaseMismatch(
-                f"{target} is {tensor.info.shape} here and {base.tensors[target].info.shape} in the base {base_path}",
-                where=str(path),
-                fix="give the base it was trained from",
-            )
-        tensors[target] = tensor.renamed(target, origin=ADAPTER)
     changed = {name for name in tensors if tensors[name] is not base.tensors[name]}
     for name, tensor in base.tensors.items():
         if tensor.info.tied_to in changed and name not in changed:

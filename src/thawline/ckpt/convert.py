@@ -27,7 +27,8 @@ from thawline.ckpt.remote import is_url, local_path
 from thawline.ckpt.source import Source, open_source
 from thawline.ckpt.transfer import fetched, sent
 from thawline.core.digest import fingerprint
-from thawline.errors import CheckpointError
+from thawline.core.index import is_adapter
+from thawline.errors import CheckpointError, RecipeError
 
 TARGETS: Final = ("safetensors", "torch", "wenet", "whisper", "hf", "videochat2", "delta")
 
@@ -148,11 +149,12 @@ def convert(
     max_memory: bytes for buffers, by default 48 MB, whatever the size of the checkpoint
     tag:    which checkpoint of a folder that has several
 
-    Raises CheckpointError (what, where, fix) without leaving anything under DST; the source is never changed.
+    Raises CheckpointError (what, where, fix), or RecipeError for arguments that cannot be meant, then leaving nothing
+    under DST; the source is never changed.
     """
     started = time.perf_counter()
     _refuse_target(to)
-    _refuse_places(src, dst, base, force)
+    refuse_places(src, dst, base=base, force=force)
     with ExitStack() as places:
         here = places.enter_context(fetched(src, tag=tag, result=only is None and base is None))
         under = None if base is None else places.enter_context(fetched(base))
@@ -187,6 +189,7 @@ def write(
     started = time.perf_counter()
     _refuse_target(to)
     _refuse_bare_delta(source, to)
+    _refuse_unmerged(source, to)
     work = _prepare(source, to, None if dtype is None else _dtype(dtype), rename)
     engine = Engine(work, max_memory or _DEFAULT_MEMORY)
     if to == "safetensors":
@@ -195,7 +198,7 @@ def write(
         files = targets.to_huggingface(engine, dst, force, max_shard_bytes)
     elif to == "delta":
         if base is None:
-            raise CheckpointError("a delta needs what it is a difference from", fix="give --base")
+            raise RecipeError("a delta needs what it is a difference from", fix="give --base")
         files = targets.to_delta(engine, dst, force, base, base_label or str(base))
     else:
         files = targets.to_torch(engine, dst, force, to)
@@ -229,12 +232,12 @@ def write(
 def read_rename_table(path: Path) -> Rename:
     """A table of names from a JSON or YAML file: a mapping, or a list of [regular expression, replacement].
 
-    Raises CheckpointError naming the file if it is neither.
+    Raises RecipeError naming the file if it is neither.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as exc:
-        raise CheckpointError(f"cannot be read: {exc}", where=str(path), fix="give a JSON or YAML file") from exc
+        raise RecipeError(f"cannot be read: {exc}", where=str(path), fix="give a JSON or YAML file") from exc
     try:
         value = json.loads(text)
     except ValueError:
@@ -247,7 +250,7 @@ def read_rename_table(path: Path) -> Rename:
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(item, str) for item in pair) for pair in value
     ):
         return [(str(pattern), str(replacement)) for pattern, replacement in value]
-    raise CheckpointError(
+    raise RecipeError(
         "is neither a mapping of names nor a list of [pattern, replacement]", where=str(path), fix="see --rename"
     )
 
@@ -297,15 +300,22 @@ def _renamed(tensors: dict[str, Planned], rename: Rename | None, source: Source)
         return tensors
     change = _renamer(rename)
     names = {name: change(name) for name in tensors}
+    unfit = [old for old, new in names.items() if not new or "\0" in new or not _is_text(new)]
+    if unfit:
+        raise RecipeError(
+            f"the table gives {unfit[0]!r} the name {names[unfit[0]]!r}",
+            where=str(source.path),
+            fix="correct the table",
+        )
     clashes = [name for name, count in Counter(names.values()).items() if count > 1]
     if clashes:
-        raise CheckpointError(
+        raise RecipeError(
             f"the table gives {Counter(names.values())[clashes[0]]} tensors the name {clashes[0]!r}",
             where=str(source.path),
             fix="make the table one to one",
         )
     if all(old == new for old, new in names.items()):
-        raise CheckpointError(
+        raise RecipeError(
             f"the table of names changes none; the first names are {', '.join(list(names)[:3])}",
             where=str(source.path),
             fix="correct its left sides",
@@ -314,6 +324,14 @@ def _renamed(tensors: dict[str, Planned], rename: Rename | None, source: Source)
         names[name]: tensor.renamed(names[name], tied_to=names.get(tensor.info.tied_to or "", tensor.info.tied_to))
         for name, tensor in tensors.items()
     }
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _renamer(rename: Rename) -> Callable[[str], str]:
@@ -330,8 +348,10 @@ def _renamer(rename: Rename) -> Callable[[str], str]:
         return by_name
     try:
         pairs = [(re.compile(pattern), replacement) for pattern, replacement in rename]
-    except re.error as exc:
-        raise CheckpointError(f"{exc.pattern!r} is no regular expression: {exc}", fix="correct the table") from exc
+        for pattern, replacement in pairs:
+            pattern.sub(replacement, "")  # reads the replacement, whether it matches or not
+    except (re.error, IndexError) as exc:
+        raise RecipeError(f"a row is no regular expression and replacement: {exc}", fix="correct the table") from exc
 
     def by_pattern(name: str) -> str:
         for pattern, replacement in pairs:
@@ -378,16 +398,17 @@ def _droppable(tensors: dict[str, Planned], spelling: str, target: str, source: 
 def _dtype(name: str) -> str:
     found = DTYPES.get(name.lower().removeprefix("torch."))
     if found is None:
-        raise CheckpointError(f"{name!r} is no element type to convert to", fix="choose fp32, bf16, fp16 or fp64")
+        raise RecipeError(f"{name!r} is no element type to convert to", fix="choose fp32, bf16, fp16 or fp64")
     return found
 
 
 def _refuse_target(to: str) -> None:
     if to not in TARGETS:
-        raise CheckpointError(f"{to!r} is no target", fix=f"choose one of: {', '.join(TARGETS)}")
+        raise RecipeError(f"{to!r} is no target", fix=f"choose one of: {', '.join(TARGETS)}")
 
 
-def _refuse_places(src: Path | str, dst: Path | str, base: Path | str | None, force: bool) -> None:
+def refuse_places(src: Path | str, dst: Path | str, *, base: Path | str | None = None, force: bool = False) -> None:
+    """Raise CheckpointError if `dst` exists and may not be replaced, or lies on, in or around what is only read."""
     for path in [src, *([base] if base is not None else [])]:
         if is_url(path) != is_url(dst):
             continue
@@ -408,6 +429,21 @@ def _refuse_places(src: Path | str, dst: Path | str, base: Path | str | None, fo
 
 def _absolute(place: Path | str) -> PurePosixPath:
     return PurePosixPath(str(place)) if is_url(place) else PurePosixPath(os.path.realpath(local_path(place)))
+
+
+def _refuse_unmerged(source: Source, to: str) -> None:
+    if to in ("safetensors", "torch", "delta"):
+        return
+    if source.format.startswith("thawline delta") and any(map(is_adapter, source.names)):
+        raise CheckpointError(
+            f"holds LoRA adapters beside the weights that they change, which {to} has no place for",
+            where=str(source.path),
+            fix="thawline export RUN DST --step N merges them, as does the run's model/; or write safetensors as it is",
+        )
+    if source.format == "peft adapter":
+        raise CheckpointError(
+            "is an adapter: what it is added to is in its base", where=str(source.path), fix="give the base (--base)"
+        )
 
 
 def _refuse_bare_delta(source: Source, to: str) -> None:

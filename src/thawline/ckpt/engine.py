@@ -63,8 +63,8 @@ class Engine:
 
     def __init__(self, work: Work, memory: int) -> None:
         self.work = work
-        self.workers = min(2 * cores(), 16)  # one waits for the disk while another computes
-        # A conversion holds a chunk, its widened copy and a temporary per worker.
+        # One waits for the disk while another computes; each holds a chunk, its widened copy and a temporary.
+        self.workers = max(min(2 * cores(), 16, memory // (6 * _SMALLEST_CHUNK)), 1)
         self.chunk = max(min(memory // (self.workers * 6), _LARGEST_CHUNK), _SMALLEST_CHUNK)
         self.digests: dict[str, str] = {}
         self.checksums: dict[str, int] = {}
@@ -130,7 +130,7 @@ class Engine:
                 raise unlike(name, f"{found.info.dtype} {found.info.shape}", where)
             for region in regions(found):
                 # The bytes are compared by digest; that the stated CRC-32 is theirs was seen when they were written.
-                if region.crc is None or region.crc != self.checksums.get(job.info.tied_to or name):
+                if region.crc not in (None, self.checksums.get(job.info.tied_to or name)):
                     region.check()
             if digest(found.info.dtype, found.info.shape, chunks(found, self.chunk)) != self.digests[name]:
                 raise unlike(name, "other bytes", where)

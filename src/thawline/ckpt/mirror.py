@@ -11,11 +11,12 @@ place keeps by the same rule what it has seen.
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from thawline.ckpt import store
+from thawline.ckpt import manifest, store
 from thawline.ckpt.remote import Place
 from thawline.ckpt.retention import Keep, kept
 from thawline.ckpt.save import step_name
@@ -29,26 +30,36 @@ def mirror_checkpoint(
 ) -> None:
     """Send a checkpoint of a run to the run's URL, then remove what `keep` gives up there.
 
+    A run goes forward, so what lies there of later steps belongs to a future that it gave up by going back: it is
+    removed first, or going on from the URL would lead there.
     path: RUN/checkpoints/step-00001200, whole
     Raises CheckpointError if the storage refuses; the checkpoints that were there stay.
     """
-    home, run = Place(url), path.parent.parent
+    home, run, step = Place(url), path.parent.parent, manifest.read(path).step
+    for later in [s for s in whole_steps(url) if s > step]:
+        withdraw(home / "checkpoints" / step_name(later))
     for name in _BESIDE:  # first: a checkpoint must not be there without the rows that lead to it
         if (run / name).is_file():
-            (home / name).send(run / name)
+            _send_still(run / name, home / name)
     send_folder(path, home / "checkpoints" / path.name, force=True)
     if keep is None:
         return
     steps = whole_steps(url)
-    for step in sorted(set(steps) - kept(steps, keep, scores=scores)):
-        withdraw(home / "checkpoints" / step_name(step))
+    for old in sorted(set(steps) - kept(steps, keep, scores=scores)):
+        withdraw(home / "checkpoints" / step_name(old))
 
 
 def mirror_model(run: Path, url: str) -> None:
     """Send a finished run's result."""
     home = Place(url)
-    (home / "metrics.jsonl").send(run / "metrics.jsonl")
+    _send_still(run / "metrics.jsonl", home / "metrics.jsonl")
     send_folder(run / "model", home / "model", force=True)
+
+
+def _send_still(path: Path, target: Place) -> None:
+    """Send a file as it is at this moment: the run may be appending to it, and what is sent is read again."""
+    with tempfile.TemporaryDirectory(prefix="thawline-mirror-") as folder:
+        target.send(Path(shutil.copyfile(path, Path(folder) / path.name)))
 
 
 def bring_run(url: str, target: Path, *, step: int | None = None) -> Path:

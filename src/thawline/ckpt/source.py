@@ -126,28 +126,30 @@ def open_source(
     tag: str | None = None,
     only: str | None = None,
     base: Path | str | None = None,
-    key: str | None = None,
+    alone: bool = False,
+    below: bool = False,
 ) -> Source:
     """Open any checkpoint file or folder.
 
-    tag:  which checkpoint of a folder that has several (DeepSpeed tag, WeNet `epoch_3`, `step-00001200`)
+    tag:  which checkpoint of a folder that has several (DeepSpeed tag, WeNet `epoch_3`, `step-00001200`); of a
+          distributed checkpoint the first key of the weights, if it is none of the usual ones
     only: "weights" as they were trained, or "ema" for the averaged copy kept beside them; None: what the checkpoint is
           for, which for a finished run is its result (averaged, where the run has `run.ema`)
     base: what gives the tensors that the checkpoint itself leaves out; for our deltas it is checked by digest
-    key:  first key of the weights in a distributed checkpoint, if it is none of the usual ones
+    alone: a run's checkpoint whose base is not there any more is opened without it, as a delta file is
+    below: it is to be a base, so a delta file is put over the base that it records
 
     Raises CheckpointError naming the file and the cause, BaseMismatch if the base is another one.
     """
     path = Path(path)
     if only not in (None, "weights", "ema"):
         raise CheckpointError(f"{only!r} cannot be asked for", where=str(path), fix="ask for 'weights' or 'ema'")
-    if not path.exists():
-        near = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
-        raise CheckpointError(
-            "does not exist", where=str(path), fix=f"beside it are: {', '.join(near)}" if near else "check the path"
-        )
+    for place in (path, *([Path(base)] if base is not None else [])):
+        _refuse_absent(place)
     try:
-        return _open(path, tag, only, Path(base) if base is not None else None, key)
+        source = _open(path, tag, only, Path(base) if base is not None else None, alone=alone, below=below)
+        "".join(source.names).encode()  # a name that is no text fails here, as damage
+        return source
     except OSError as exc:
         raise CheckpointError(f"cannot be read: {exc.strerror or exc}", where=str(exc.filename or path)) from exc
     except (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as exc:
@@ -158,6 +160,14 @@ def open_source(
         ) from exc
 
 
+def _refuse_absent(path: Path) -> None:
+    if not path.exists():
+        near = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
+        raise CheckpointError(
+            "does not exist", where=str(path), fix=f"beside it are: {', '.join(near)}" if near else "check the path"
+        )
+
+
 def digest(dtype: str, shape: tuple[int, ...], data: Iterator[memoryview]) -> str:
     """Digest of a tensor given a piece at a time; equals `core.digest.digest_bytes` of the whole."""
     hasher = blake3(f"{dtype}[{','.join(map(str, shape))}]".encode() + b"\0")
@@ -166,38 +176,41 @@ def digest(dtype: str, shape: tuple[int, ...], data: Iterator[memoryview]) -> st
     return str(hasher.hexdigest())
 
 
-def _open(path: Path, tag: str | None, only: str | None, base: Path | None, key: str | None) -> Source:
+def _open(
+    path: Path, tag: str | None, only: str | None, base: Path | None, *, alone: bool = False, below: bool = False
+) -> Source:
+    """`below`: as a base, for which a delta has to find its own."""
     notes: tuple[str, ...] = ()
     if thawline_run.is_run(path):
         model = path / "model"
         if tag is None and base is None and only is None and model.is_dir():
-            return _with_notes(_open(model, None, None, None, None), (f"a run: its result {model} is meant",))
+            return _with_notes(_open(model, None, None, None), (f"a run: its result {model} is meant",))
         if tag is not None:
-            path = path / "checkpoints" / Path(tag).name
+            path, tag = thawline_run.checkpoint_called(path, tag), None
         else:
             path, notes = thawline_run.newest_checkpoint(path)
+    if tag is not None and (thawline_run.is_checkpoint(path) or path.is_file()):
+        raise _one_only(path, tag)
     if thawline_run.is_checkpoint(path):
         delta = thawline_run.read_delta(thawline_run.checked(path))
-        source = _with_notes(_delta(path, delta, base, required=True), notes)
+        source = _with_notes(_delta(path, delta, base, look=True, must=not alone), notes)
         return _averaged(source) if only == "ema" else source
     if thawline_run.is_delta(path):
-        return _delta(path, thawline_run.read_delta(path), base, required=False)
-    plan = _plan(path, tag, only or "weights", key)
+        if only == "ema":
+            raise _no_averages(path, "a delta")
+        return _delta(path, thawline_run.read_delta(path), base, look=below, must=below)
+    plan = _plan(path, tag, only or "weights")
     if only == "ema" and not plan.format.startswith("averaged"):
-        raise CheckpointError(
-            f"is {plan.format}, which keeps no averaged weights that are known",
-            where=str(path),
-            fix="convert the weights themselves",
-        )
+        raise _no_averages(path, plan.format)
     if base is None:
         return Source(path, plan)
-    under = _open(base, None, None, None, None)
+    under = _open(base, None, None, None, below=True)
     if plan.format.startswith("peft"):
         return Source(path, adapters.merge(plan, under.plan, path=path, base_path=base))
     return Source(path, _over(path, plan, under))
 
 
-def _plan(path: Path, tag: str | None, only: str, key: str | None) -> Plan:
+def _plan(path: Path, tag: str | None, only: str) -> Plan:
     if path.is_file():
         if torch_pt.looks_like(path):
             return torch_pt.plan(path, only=only)
@@ -208,19 +221,23 @@ def _plan(path: Path, tag: str | None, only: str, key: str | None) -> Plan:
             where=str(path),
             fix="if it was cut short or is a pointer of git-lfs, fetch it again",
         )
+    if not path.is_dir():
+        raise CheckpointError("is neither a file nor a folder", where=str(path), fix="give a checkpoint")
     if dcp.looks_like(path):
-        return dcp.plan(path, key=key)
+        return dcp.plan(path, key=tag)
     if zero.looks_like(path):
         return zero.plan(path, tag=tag)
     if huggingface.looks_like(path):
+        if tag is not None:
+            raise _one_only(path, tag)
         return huggingface.plan(path)
     if wenet.looks_like(path):
         weights = wenet.weights_file(path, tag)
-        inner = _plan(weights, None, only, None)
+        inner = _plan(weights, None, only)
         return replace(inner, format=f"wenet ({weights.name})", sidecars=wenet.sidecars(path, weights))
     single = [p for p in sorted(path.iterdir()) if p.suffix in (".pt", ".pth", ".ckpt", ".bin", ".safetensors")]
     if len(single) == 1 and single[0].is_file():
-        return _plan(single[0], None, only, None)
+        return _plan(single[0], None, only)
     listed = ", ".join(p.name for p in sorted(path.iterdir())[:8]) or "nothing"
     raise CheckpointError(
         "is no checkpoint folder that is known: looked for .metadata (torch distributed, FSDP2, accelerate, "
@@ -228,6 +245,20 @@ def _plan(path: Path, tag: str | None, only: str, key: str | None) -> Plan:
         "their index (Hugging Face), train.yaml with .pt files (WeNet), MANIFEST.json (Thawline), one weights file",
         where=str(path),
         fix=f"it holds: {listed}; give the file or folder itself",
+    )
+
+
+def _no_averages(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"is {what}, which keeps no averaged weights that are known",
+        where=str(path),
+        fix="convert the weights themselves",
+    )
+
+
+def _one_only(path: Path, tag: str) -> CheckpointError:
+    return CheckpointError(
+        f"is one checkpoint: there is no {tag!r} to choose in it", where=str(path), fix="leave the tag out"
     )
 
 
@@ -297,12 +328,12 @@ def _averaged(source: Source) -> Source:
     return Source(source.path, plan)
 
 
-def _delta(path: Path, delta: thawline_run.DeltaPlan, base: Path | None, *, required: bool) -> Source:
+def _delta(path: Path, delta: thawline_run.DeltaPlan, base: Path | None, *, look: bool, must: bool) -> Source:
     """A delta over its base, every tensor of the base checked by digest; or, where allowed, the delta alone."""
     if base is None:
-        recorded = Path(delta.base_path) if delta.base_path else None
-        if not required or recorded is None or not recorded.exists():
-            if not required:
+        recorded = Path(delta.base_path) if look and delta.base_path else None
+        if recorded is None or not recorded.exists():
+            if not must:
                 return Source(path, thawline_run.plan_alone(delta))
             raise CheckpointError(
                 f"is a delta over a base that is not given; it was {delta.base_path or 'not recorded'} "
@@ -311,7 +342,7 @@ def _delta(path: Path, delta: thawline_run.DeltaPlan, base: Path | None, *, requ
                 fix="give the base (--base)",
             )
         base = recorded
-    under = _open(base, None, None, None, None)
+    under = _open(base, None, None, None, below=True)
     tensors = _base_tensors(path, delta, under)
     for copy, origin in delta.copied.items():
         tensors[copy] = tensors[origin].renamed(copy)

@@ -22,7 +22,7 @@ from thawline.ckpt.formats.mapped import MappedFile
 from thawline.ckpt.formats.pieces import Planned, chunks, regions
 from thawline.ckpt.formats.torch_archive import open_archive
 from thawline.ckpt.source import digest, open_source
-from thawline.ckpt.verify import DIGESTS, structure_problems
+from thawline.ckpt.verify import structure_problems
 from thawline.core.digest import fingerprint
 from thawline.errors import CheckpointError
 
@@ -46,11 +46,11 @@ def _safetensors_into(
         metadata["thawline.tied"] = json.dumps(ties, separators=(",", ":"), ensure_ascii=False)
     if digests:
         # Digests have one length, so the header's size is known before they are.
-        metadata[DIGESTS] = _json(dict.fromkeys(names, "0" * _DIGEST_LENGTH))
+        metadata[safetensors_header.DIGESTS] = _json(dict.fromkeys(names, "0" * _DIGEST_LENGTH))
     _, places = safetensors_header.make_header(infos, metadata)
     engine.copy(file, places)
     if digests:
-        metadata[DIGESTS] = _json({name: engine.digests[name] for name in names})
+        metadata[safetensors_header.DIGESTS] = _json({name: engine.digests[name] for name in names})
     head, _ = safetensors_header.make_header(infos, metadata)
     file.write_at(memoryview(head), 0)
     written = MappedFile(path, file.descriptor)
@@ -188,8 +188,7 @@ def _shards(work: Work, names: Sequence[str], limit: int) -> dict[str, list[str]
 def to_delta(engine: Engine, dst: Path, force: bool, base: Path, label: str) -> list[Path]:
     """What differs from a base, in the form that `ckpt.delta` reads."""
     work = engine.work
-    with open_source(base) as under:
-        below: tuple[str, ...] = ()
+    with open_source(base, below=True) as under:
         base_digests = _digests(under.plan.tensors, engine)
         mine = {
             name: replace(job.tensor, info=job.info, stored=job.tensor.info.dtype) for name, job in work.jobs.items()
@@ -215,7 +214,7 @@ def to_delta(engine: Engine, dst: Path, force: bool, base: Path, label: str) -> 
         reference = {
             "fingerprint": fingerprint(base_digests),
             "path": label,
-            "below": list(below),
+            "below": [],
             "digests": dict(sorted(base_digests.items())),
         }
         metadata = {

@@ -5,7 +5,6 @@ Nothing is changed and nothing is unpickled beyond a fixed list; torch is not im
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -15,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
 
 from thawline.ckpt.formats.huggingface import tied_name
 from thawline.ckpt.formats.pieces import TensorInfo
@@ -23,9 +21,6 @@ from thawline.ckpt.source import Source, open_source
 from thawline.ckpt.transfer import fetched
 from thawline.core.digest import fingerprint
 from thawline.errors import CheckpointError
-
-DIGESTS: Final = "thawline.digests"
-"""Metadata entry of the safetensors files that `convert` writes: name -> digest, as JSON."""
 
 _LAYER = re.compile(r"(.*?\b(?:layers|h|blocks|block))\.(\d+)\.")
 
@@ -111,7 +106,7 @@ def _verified(path: Path, tag: str | None, base: Path | None) -> VerifyReport:
     if not path.exists():
         raise CheckpointError("does not exist", where=str(path), fix="check the path")
     try:
-        source = open_source(path, tag=tag, base=base)
+        source = open_source(path, tag=tag, base=base, alone=True)
     except CheckpointError as exc:
         return VerifyReport(
             path=str(path), format="", tensors=0, bytes=0, dtypes={}, tied={}, fingerprint="",
@@ -119,7 +114,6 @@ def _verified(path: Path, tag: str | None, base: Path | None) -> VerifyReport:
         )  # fmt: skip
     with source:
         digests, problems = digests_of(source)
-        problems += _against_recorded(source, digests)
         problems += structure_problems(source.config, source.infos)
         infos = source.infos
         return VerifyReport(
@@ -184,25 +178,6 @@ def structure_problems(config: Mapping[str, object] | None, infos: Sequence[Tens
 def cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _against_recorded(source: Source, digests: Mapping[str, str]) -> list[str]:
-    """Compare with the digests that the file itself carries, where `convert` or a delta wrote them."""
-    recorded = source.plan.metadata.get(DIGESTS) or source.plan.metadata.get("digests")
-    if recorded is None:
-        return []
-    try:
-        wanted = dict(json.loads(recorded))
-    except (ValueError, TypeError) as exc:
-        return [f"its record of digests is damaged: {exc}"]
-    altered = sorted(name for name, value in wanted.items() if name in digests and digests[name] != value)
-    missing = sorted(set(wanted) - set(source.names))
-    problems = []
-    if altered:
-        problems.append(f"{len(altered)} tensors are altered, first {altered[0]!r}")
-    if missing:
-        problems.append(f"{len(missing)} tensors are missing, first {missing[0]!r}")
-    return problems
 
 
 def _sentence(exc: CheckpointError, path: Path) -> str:

@@ -17,7 +17,7 @@ _OPENING = (
                  help="With a language model as MODEL: a stage's file; in order."),
     click.option("--bert", type=click.Path(), help="With --part: the directory of the Q-Former's vocabulary."),
     click.option("--config", type=click.Path(), help="With --part: a file with upstream's model section."),
-    click.option("--frames", type=int, help="Frames of the video; the model's own number otherwise."),
+    click.option("--frames", type=click.IntRange(1), help="Frames of the video; the model's own number otherwise."),
     click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the language model."),
     click.option("--device", help="auto (the default), cpu, cuda, cuda:1 ..."),
 )  # fmt: skip

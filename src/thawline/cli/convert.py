@@ -19,7 +19,7 @@ from thawline.errors import RecipeError
 @click.option("--base", type=click.Path(), help="The base that a run, a delta or an adapter belongs to.")
 @click.option("--dtype", help="fp32, fp16 or bf16 for every floating tensor.")
 @click.option("--only", type=click.Choice(["weights", "ema"]), help="The weights as trained, or their averages.")
-@click.option("--tag", help="Which of several: a DeepSpeed tag, epoch_3, step-00001200.")
+@click.option("--tag", help="Which of several: a DeepSpeed tag, epoch_3, step-00001200; the weights' key of a DCP.")
 @click.option("--rename", type=click.Path(), help="A YAML mapping of names or patterns.")
 @click.option("--max-memory", help="A bound on memory, e.g. 500MB.")
 @click.option("--force", is_flag=True, help="Replace an existing DST.")
@@ -64,4 +64,7 @@ def _bytes(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgG]?)[bB]?\s*", text)
     if found is None:
         raise RecipeError(f"{text!r} is not an amount of memory", where="--max-memory", fix="e.g. 500MB")
-    return int(float(found[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[found[2].lower()])
+    amount = int(float(found[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[found[2].lower()])
+    if not amount:
+        raise RecipeError(f"{text!r} is no memory at all", where="--max-memory", fix="e.g. 500MB")
+    return amount

@@ -44,7 +44,13 @@ def check(path: str, valid: str | None, units: str | None, model: str | None, al
 @click.argument("path", type=click.Path())
 @click.option("-o", "--out", default="units.txt", show_default=True, type=click.Path(), help="The file to write.")
 @click.option("--level", type=click.Choice(["char", "word"]), default="char", show_default=True, help="What a unit is.")
-@click.option("--min-count", default=1, show_default=True, help="What is seen less often is left to <unk>.")
+@click.option(
+    "--min-count",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="What is seen less often is left to <unk>.",
+)
 @json_option
 def units(path: str, out: str, level: Literal["char", "word"], min_count: int, as_json: bool) -> None:
     """Write WeNet's units.txt for the texts of PATH: what a recogniser that starts from nothing can spell."""

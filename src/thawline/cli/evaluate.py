@@ -31,9 +31,11 @@ if TYPE_CHECKING:
 @click.option(
     "--allow-pipes", is_flag=True, default=None, help="Speech: run the shell commands that a Kaldi wav.scp names."
 )
-@click.option("--batch", "batch_size", default=8, show_default=True, help="Utterances decoded at once.")
-@click.option("--workers", default=0, show_default=True, help="Loader processes.")
-@click.option("--limit", type=int, help="Only the first so many utterances.")
+@click.option(
+    "--batch", "batch_size", type=click.IntRange(1), default=8, show_default=True, help="Utterances decoded at once."
+)
+@click.option("--workers", type=click.IntRange(0), default=0, show_default=True, help="Loader processes.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first so many utterances.")
 @click.option("--out", type=click.Path(), help="Write one JSON line an utterance: key, ref, hyp, alignment, ...")
 @click.option("--html", type=click.Path(), help="Speech: write a page with each alignment beside its sound.")
 @json_option
@@ -85,8 +87,10 @@ class _Question:
         size = self.batch_size if batch_size is None else batch_size
         result: Evaluation = model.evaluate(self.data, batch_size=size, workers=self.workers, limit=self.limit)
         if self.out is not None:
+            from thawline.train.rundir import write_text
+
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
-            Path(self.out).write_text(lines, encoding="utf-8")
+            write_text(Path(self.out), lines)
         return result
 
 
@@ -125,10 +129,11 @@ def _confusion(row: Mapping[str, Any]) -> str:
 def _write_page(html: str, result: Evaluation, title: str, data: str, *, allow_pipes: bool) -> None:
     from thawline.data.manifest import read_manifest
     from thawline.tasks.speech_page import evaluation_page
+    from thawline.train.rundir import write_text
 
     utterances = {row.key: row for row in read_manifest(Path(data), allow_pipes=allow_pipes)}
     page = evaluation_page(result.rows, result.metrics, utterances, title=title)
-    Path(html).write_text(page, encoding="utf-8")
+    write_text(Path(html), page)
 
 
 def _classifier(asked: _Question) -> None:
@@ -138,7 +143,7 @@ def _classifier(asked: _Question) -> None:
     metrics = {k: int(v) if k in ("images", "unreadable") else v for k, v in result.metrics.items()}
     top5 = f"  top-5 {metrics['top5']:.4f}" if "top5" in metrics else ""
     text = f"accuracy {metrics['accuracy']:.4f}{top5}  loss {metrics['loss']:.4f}  over {metrics['images']} images"
-    give(metrics, text, as_json=asked.as_json)
+    give(metrics, text + _left_out(metrics), as_json=asked.as_json)
 
 
 def _chat_model(asked: _Question) -> None:
@@ -151,7 +156,7 @@ def _chat_model(asked: _Question) -> None:
         f"loss {metrics['loss']:.4f}  token accuracy {metrics['accuracy']:.4f}  over {metrics['samples']} samples, "
         f"{metrics['tokens']} tokens"
     )
-    give(metrics, text, as_json=asked.as_json)
+    give(metrics, text + _left_out(metrics), as_json=asked.as_json)
 
 
 def _caption_finder(asked: _Question) -> None:
@@ -163,4 +168,8 @@ def _caption_finder(asked: _Question) -> None:
         f"recall@1 {metrics['recall1']:.4f}  recall@5 {metrics['recall5']:.4f}  loss {metrics['loss']:.4f}  over "
         f"{metrics['samples']} captions"
     )
-    give(metrics, text, as_json=asked.as_json)
+    give(metrics, text + _left_out(metrics), as_json=asked.as_json)
+
+
+def _left_out(metrics: Mapping[str, Any]) -> str:
+    return f"\n{metrics['unreadable']} could not be read and are not in these figures" if metrics["unreadable"] else ""

@@ -29,17 +29,18 @@ def init(model: str, train: str, valid: str, tag: str | None, out: str, as_json:
     """Write a commented recipe that fine-tunes MODEL (a WeNet or Hugging Face directory), or goes on training it."""
     from thawline.tasks.foreign import WenetRun
     from thawline.tasks.starter import continuing_recipe, starter_recipe
+    from thawline.train.rundir import write_text
 
     target = Path(out)
     if target.exists():
         raise RecipeError(f"{out!r} exists already", fix="give another name with --out")
     if tag is None:
         text = starter_recipe(Path(model).absolute(), train=train, valid=valid, name=out)
-        target.write_text(text, encoding="utf-8")
+        write_text(target, text)
         give({"recipe": str(target)}, f"wrote {target}\n  next: thawline plan {target}", as_json=as_json)
         return
     run = WenetRun.open(Path(model).absolute(), tag)
-    target.write_text(continuing_recipe(run, train=train, valid=valid, name=out), encoding="utf-8")
+    write_text(target, continuing_recipe(run, train=train, valid=valid, name=out))
     said = "".join(f"\n    {term}" for term in run.terms())
     give(
         {"recipe": str(target), "tag": run.tag, "grade": "CONTINUES", "terms": run.terms()},

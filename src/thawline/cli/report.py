@@ -13,7 +13,11 @@ from thawline.cli.output import give
 @click.command()
 @click.argument("directory", metavar="RUN", type=click.Path())
 @click.option("--out", type=click.Path(), help="Where the page goes. Default: RUN/report.html.")
-@click.option("--review/--no-review", default=True, help="Score the held-back samples once more for the page.")
+@click.option(
+    "--review/--no-review",
+    default=True,
+    help="Show where a classifier is wrong; a run whose own figures are not kept is scored anew.",
+)
 @json_option
 def report(directory: str, out: str | None, review: bool, as_json: bool) -> None:
     """Write one self-contained page about RUN: curves, phases, what changed, and where the model is wrong."""

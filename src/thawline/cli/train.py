@@ -37,7 +37,9 @@ def train(
 @click.argument("directory", type=click.Path())
 @click.option("--step", type=int, help="Go back to the checkpoint of this step; later ones are given up.")
 @click.option("--fork", type=click.Path(), metavar="DIR", help="Go on in a new folder; the run stays as it is.")
-@click.option("--verify", type=int, default=0, metavar="K", help="First repeat the last K recorded steps and compare.")
+@click.option(
+    "--verify", type=click.IntRange(0), default=0, metavar="K", help="First repeat the last K steps, compare bits."
+)
 @click.option("--allow", multiple=True, metavar="KEY", help="Go on although this key of the recipe has changed.")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @json_option

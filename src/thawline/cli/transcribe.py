@@ -22,8 +22,16 @@ from thawline.cli.output import give, say
 @click.option("--srt", is_flag=True, help="Print SubRip subtitles.")
 @click.option("--vtt", is_flag=True, help="Print WebVTT subtitles.")
 @click.option("--out", type=click.Path(), help="Write subtitles into this folder, one file a recording.")
-@click.option("--max-minutes", default=120.0, show_default=True, help="Refuse longer recordings.")
-@click.option("--batch", "batch_size", default=8, show_default=True, help="Recordings decoded at once.")
+@click.option(
+    "--max-minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=120.0,
+    show_default=True,
+    help="Refuse longer recordings.",
+)
+@click.option(
+    "--batch", "batch_size", type=click.IntRange(1), default=8, show_default=True, help="Recordings decoded at once."
+)
 @json_option
 def transcribe(
     model: str,
@@ -47,6 +55,7 @@ def transcribe(
         raise click.UsageError("subtitles of several recordings need a folder: --out DIR")
     from thawline.tasks.recognition import Recognizer
     from thawline.tasks.transcript import subrip, webvtt
+    from thawline.train.rundir import write_text
 
     recognizer = Recognizer.open(model, base=base, **options)
     for note in recognizer.notes:
@@ -62,8 +71,7 @@ def transcribe(
                 say(text.rstrip("\n"))
             else:
                 target = Path(out) / f"{Path(found.file).stem}.{'srt' if srt else 'vtt'}"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.write_text(text, encoding="utf-8")
+                write_text(target, text)
                 say(str(target))
         elif as_json:
             rows.append(found.to_json())

@@ -212,6 +212,13 @@ def _images_in(folder: Path) -> Iterable[str]:
 
 
 def _read_csv(path: Path) -> ImageFiles:
+    try:
+        return _csv_rows(path)
+    except (UnicodeDecodeError, csv.Error) as exc:
+        raise DataError(f"cannot be read: {exc}", where=str(path), fix="write it as comma-separated UTF-8") from exc
+
+
+def _csv_rows(path: Path) -> ImageFiles:
     with path.open(newline="", encoding="utf-8-sig") as handle:
         reader = csv.DictReader(handle)
         columns = reader.fieldnames or []
@@ -244,13 +251,14 @@ def _in_order(name: str) -> tuple[int, int, str]:
 def _read_npz(path: Path) -> ImageArrays:
     try:
         # No pickle: an array of objects is refused, not run.
+        with zipfile.ZipFile(path):
+            pass  # numpy also reads single arrays of this name, and calls everything else a pickle
         with np.load(path, allow_pickle=False) as held:
             given = {name: held[name] for name in ("images", "labels", "classes") if name in held.files}
             names = held.files
     except (ValueError, OSError, zipfile.BadZipFile) as exc:
         raise DataError(f"cannot be read: {exc}", where=str(path), fix="write it with numpy.savez") from exc
-    classes = [str(c) for c in given["classes"]] if "classes" in given else None
-    return _arrays(path, given, names, classes)
+    return _arrays(path, given, names, given["classes"].tolist() if "classes" in given else None)
 
 
 def _read_safetensors(path: Path) -> ImageArrays:
@@ -260,13 +268,14 @@ def _read_safetensors(path: Path) -> ImageArrays:
         with safe_open(path, framework="numpy") as held:
             names = list(held.keys())
             given = {name: held.get_tensor(name) for name in ("images", "labels") if name in names}
-            noted = (held.metadata() or {}).get("classes")
-    except (SafetensorError, OSError) as exc:
+            noted = json.loads((held.metadata() or {}).get("classes", "null"))
+    except (SafetensorError, OSError, ValueError) as exc:
         raise DataError(f"cannot be read: {exc}", where=str(path)) from exc
-    return _arrays(path, given, names, None if noted is None else [str(c) for c in json.loads(noted)])
+    return _arrays(path, given, names, noted)
 
 
-def _arrays(path: Path, given: dict[str, Any], names: Sequence[str], classes: list[str] | None) -> ImageArrays:
+def _arrays(path: Path, given: dict[str, Any], names: Sequence[str], named: object) -> ImageArrays:
+    """The set of the arrays `images` and `labels`; `named` are the names of its classes, None for numbers."""
     if not {"images", "labels"} <= given.keys():
         raise DataError(
             f"it holds {', '.join(names) or 'nothing'}; the arrays images and labels are needed",
@@ -291,8 +300,9 @@ def _arrays(path: Path, given: dict[str, Any], names: Sequence[str], classes: li
             fix="one whole number from 0 an image",
         )
     count = int(labels.max()) + 1
-    if classes is None:
-        classes = [str(i) for i in range(count)]
+    if named is not None and not isinstance(named, list):
+        raise DataError(f"classes are {named!r}", where=str(path), fix="a list of their names, in order")
+    classes = [str(c) for c in (range(count) if named is None else named)]
     if count > len(classes):
         raise DataError(f"label {count - 1} of {len(classes)} classes", where=str(path), fix="name every class")
     return ImageArrays(path, tuple(classes), tuple(int(i) for i in labels), images)

@@ -8,7 +8,7 @@ more on what was really read.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -117,12 +117,20 @@ class SpeechSamples:
     frontend:  WeNet's dataset_conf
     tokenizer: None reads without targets
     training:  augments, and leaves out what filter_conf says; evaluation does neither, and keeps the order
+    encoder_frames: how many the encoder gives for so many of features; an utterance with none cannot be used
     """
 
     def __init__(
-        self, manifest: Manifest, frontend: SpeechFrontend, tokenizer: Tokenizer | None = None, *, training: bool
+        self,
+        manifest: Manifest,
+        frontend: SpeechFrontend,
+        tokenizer: Tokenizer | None = None,
+        *,
+        training: bool,
+        encoder_frames: Callable[[int], int] | None = None,
     ) -> None:
         self.frontend = frontend
+        self.encoder_frames = encoder_frames
         self.tokenizer = tokenizer
         self.training = training
         kept: list[Utterance] = []
@@ -192,6 +200,8 @@ class SpeechSamples:
             raise DataError(error.what, where=row.wav, fix=error.fix) from error
         if len(feats) == 0:
             raise DataError(f"{samples.size} samples at {native_hz} Hz are less than one frame", where=row.wav)
+        if self.encoder_frames is not None and self.encoder_frames(len(feats)) == 0:
+            raise DataError(f"{len(feats)} frames are too few for one frame of the encoder", where=row.wav)
         return SpeechSample(row.key, feats, target or (), row.txt, row.lang, row.task)
 
     def collate(self, samples: Sequence[SpeechSample]) -> SpeechBatch:

@@ -64,7 +64,8 @@ class SpeechTask:
         home = self._home()
         training = split == "train"
         manifest = read_manifest(recipe.path("data", split), allow_pipes=self.options.allow_pipes)
-        found = SpeechSamples(manifest, home.frontend(recipe.data.conf), home.tokenizer(), training=training)
+        frontend, frames = home.frontend(recipe.data.conf), home.encoder_frames
+        found = SpeechSamples(manifest, frontend, home.tokenizer(), training=training, encoder_frames=frames)
         if training:
             self.notes = (*self.notes, *what_is_not_learnt(found, encoder_frames=home.encoder_frames))
         return found

@@ -25,7 +25,7 @@ def audit_run(directory: Path, *, base: Path | None = None) -> AuditReport:
     """
     files = RunDirectory(directory.absolute())
     if not files.begun:
-        raise RecipeError(f"{str(directory)!r} is not a run directory", fix="it would hold recipe.yaml")
+        raise RecipeError(f"{str(directory)!r} is not a run directory", fix="it would hold recipe.yaml and base.json")
     recipe = read_recipe(files.recipe, {} if base is None else {"model": str(base.absolute())})
     found = checkpoints(files.checkpoints)
     if not found:

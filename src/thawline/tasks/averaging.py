@@ -10,17 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from thawline.ckpt.average import average as mean_of
-from thawline.ckpt.convert import ConversionReport, write
+from thawline.ckpt.convert import ConversionReport, refuse_places, write
 from thawline.ckpt.load import checkpoints, read_checkpoint
+from thawline.ckpt.remote import is_url
 from thawline.ckpt.source import open_source
 from thawline.ckpt.transfer import fetched, sent
 from thawline.core.config import read_yaml
-from thawline.errors import CheckpointError
+from thawline.errors import CheckpointError, RecipeError
 from thawline.tasks.exporting import own_form, standing_alone
 from thawline.train.evaluation import scores
 from thawline.train.recipe import read_recipe
@@ -61,20 +61,28 @@ def average(
                        WeNet's loss on held-back data); or exactly these. One of the three has to be said.
     to, only, base, dtype: as for `exporting.export`
 
-    Raises CheckpointError naming what there is, where fewer are there than asked for or they do not fit together.
+    Raises CheckpointError naming what there is, where fewer are there than asked for or they do not fit together;
+    RecipeError where not exactly one of the three is said.
     """
     with fetched(place, result=False, every=True) as here, sent(dst, force=force) as target:
         run = RunDirectory(here.absolute())
         found = of_run(run) if run.begun else of_wenet(here)
         chosen = choose(found, last=last, best=best, steps=steps, where=str(place))
+        for each in chosen:
+            path = f"{place}/{each.path.relative_to(here.absolute())}" if is_url(place) else each.path
+            refuse_places(path, dst, base=base, force=force)
         with ExitStack() as opened:
+            under = None if base is None else opened.enter_context(fetched(base))
             models = [
-                opened.enter_context(standing_alone(run, each.step, only, base)) if run.begun else each.path
+                opened.enter_context(standing_alone(run, each.step, only, under)) if run.begun else each.path
                 for each in chosen
             ]
-            sources = [opened.enter_context(open_source(model)) for model in models]
+            asked = (None, None) if run.begun else (only, under)
+            sources = [opened.enter_context(open_source(m, only=asked[0], base=asked[1])) for m in models]
             form = to or (own_form(models[0]) if run.begun else "wenet")
-            return write(mean_of(sources), target, to=form, dtype=dtype, force=force)
+            report = write(mean_of(sources), target, to=form, dtype=dtype, force=force)
+    files = tuple(file.replace(str(target), str(dst), 1) for file in report.files)
+    return replace(report, source=str(place), target=str(dst), files=files)
 
 
 def choose(
@@ -83,7 +91,7 @@ def choose(
     """The candidates that are meant, by number ascending."""
     asked = [name for name, value in (("--last", last), ("--best", best), ("--step", steps)) if value]
     if len(asked) != 1:
-        raise CheckpointError(
+        raise RecipeError(
             f"{' and '.join(asked) or 'nothing'} says which checkpoints to average",
             where=where,
             fix="say one of: --last N, --best N, --step N --step M",
@@ -131,7 +139,12 @@ def of_wenet(folder: Path) -> list[Candidate]:
 
 
 def _loss(sidecar: Path) -> float | None:
-    values: Any = read_yaml(sidecar).data if sidecar.is_file() else {}
+    try:
+        values = read_yaml(sidecar).data if sidecar.is_file() else None
+    except RecipeError:  # it has no score, then; the weights may be good
+        return None
+    if not isinstance(values, dict):
+        return None
     losses = values.get("loss_dict")
     found = losses.get("loss") if isinstance(losses, dict) else values.get("cv_loss")
     return float(found) if isinstance(found, int | float) else None

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from thawline.ckpt.adapters import CONFIG
 from thawline.ckpt.diff import Diff, diff
+from thawline.ckpt.formats.thawline_run import is_checkpoint, is_delta, is_run
 from thawline.ckpt.source import open_source
 from thawline.ckpt.tensors import SourceTensors
 from thawline.ckpt.transfer import fetched
-
-_WIDENED = {"F16", "BF16"}
+from thawline.errors import RecipeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +46,16 @@ class Comparison:
 
 
 def compare(a: Path | str, b: Path | str, *, base: Path | str | None = None) -> Comparison:
-    """Compare two checkpoints, runs or model directories tensor by tensor, bitwise. All may be URLs."""
-    with (
-        fetched(a) as first,
-        fetched(b) as second,
-        nullcontext() if base is None else fetched(base) as under,
-        open_source(first, base=under if _needs(first) else None) as one,
-        open_source(second, base=under if _needs(second) else None) as two,
-    ):
+    """Compare two checkpoints, runs or model directories tensor by tensor, bitwise. All may be URLs.
+
+    Raises RecipeError where a base is given and neither leaves anything to one.
+    """
+    with ExitStack() as opened:
+        places = [opened.enter_context(fetched(place)) for place in (a, b)]
+        under = None if base is None else opened.enter_context(fetched(base))
+        if under is not None and not any(map(_needs, places)):
+            raise RecipeError("neither of the two leaves anything to a base", where="--base", fix="leave it out")
+        one, two = (opened.enter_context(open_source(place, base=under if _needs(place) else None)) for place in places)
         widened = tuple(
             name
             for name in one.names
@@ -66,8 +69,8 @@ def compare(a: Path | str, b: Path | str, *, base: Path | str | None = None) -> 
 
 
 def _needs(path: Path) -> bool:
-    """Whether a base given on the command line is meant for this side: a delta or a checkpoint of a run."""
-    return path.suffix == ".safetensors" or (path / "delta.safetensors").is_file() or (path / "base.json").is_file()
+    """Whether a base given on the command line is meant for this side: a delta, a run or a checkpoint, an adapter."""
+    return is_delta(path) or is_checkpoint(path) or is_run(path) or (path / CONFIG).is_file()
 
 
 class _Widened(Mapping[str, Tensor]):

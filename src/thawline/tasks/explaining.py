@@ -101,7 +101,7 @@ PAGES: tuple[Page, ...] = (
     Page(
         "SAME-DATA",
         "Grade of a resume: every step sees the same samples with the same masks, but sums round differently here "
-        "(another processor, version, thread count or split). The reasons are listed.",
+        "(another processor, device, version or kernel flag). The reasons are listed.",
     ),
     Page(
         "CONTINUES",

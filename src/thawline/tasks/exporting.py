@@ -16,8 +16,9 @@ from pathlib import Path
 
 from thawline.ckpt import store
 from thawline.ckpt.adapters import CONFIG
-from thawline.ckpt.convert import ConversionReport, convert, write
+from thawline.ckpt.convert import ConversionReport, convert, refuse_places, write
 from thawline.ckpt.load import Checkpoint, checkpoints, read_checkpoint, read_newest
+from thawline.ckpt.remote import is_url
 from thawline.ckpt.save import step_name
 from thawline.ckpt.source import open_source
 from thawline.ckpt.transfer import fetched, sent
@@ -61,9 +62,11 @@ def export(
         files = RunDirectory(here.absolute())
         if not files.begun:
             raise RecipeError(f"{str(run)!r} is not a run directory", fix="for other checkpoints: thawline convert")
+        refuse_places(f"{run}/checkpoints" if is_url(run) else files.checkpoints, dst, base=base, force=force)
+        under = None if base is None else opened.enter_context(fetched(base))
         if to == "peft":
-            return _adapters(files, _checkpoint(files, step).path, dst, base, force)
-        model = opened.enter_context(standing_alone(files, step, only, base))
+            return _adapters(files, _checkpoint(files, step).path, dst, under, force)
+        model = opened.enter_context(standing_alone(files, step, only, under))
         if to == "videochat2":
             model /= "upstream.pth"
             if not model.is_file():

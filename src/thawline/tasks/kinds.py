@@ -18,9 +18,9 @@ def kind_of(path: Path | str) -> str:
     """
     path = Path(path).expanduser().absolute()
     for folder in (path, path.parent.parent, path.parent):
-        recipe = RunDirectory(folder).recipe
-        if recipe.is_file():
-            data = read_yaml(recipe).data
+        run = RunDirectory(folder)
+        if run.begun:
+            data = read_yaml(run.recipe).data
             if isinstance(data, dict) and "task" in data:
                 return str(data["task"])
     if is_alignment(path):

@@ -41,7 +41,7 @@ def list_runs(folder: Path) -> list[RunRow]:
     found = [own] if own.begun else [RunDirectory(p) for p in sorted(folder.absolute().iterdir()) if p.is_dir()]
     rows = [_row(files) for files in found if files.begun]
     if not rows:
-        raise RecipeError(f"there is no run in {str(folder)!r}", fix="a run directory holds recipe.yaml")
+        raise RecipeError(f"there is no run in {str(folder)!r}", fix="a run directory holds recipe.yaml and base.json")
     return rows
 
 
@@ -76,15 +76,15 @@ def _row(files: RunDirectory) -> RunRow:
     size = sum(p.stat().st_size for p in files.path.rglob("*") if p.is_file())
     try:
         recipe = read_recipe(files.recipe)
+        rows, status = read_rows(files.metrics), _status(files)
     except ThawlineError:
         return RunRow(str(files.path), "?", "unreadable", 0, 0.0, {}, None, size)
-    rows = read_rows(files.metrics)
     scored = [row for row in rows if any(key.startswith("valid/") for key in row)]
     metric, step = recipe.run.checkpoint.best, best_step(recipe, scored)
     return RunRow(
         dir=str(files.path),
         task=recipe.task,
-        status=_status(files),
+        status=status,
         step=rows[-1]["step"] if rows else 0,
         epoch=rows[-1]["epoch"] if rows else 0.0,
         metrics={k: v for k, v in scored[-1].items() if k.startswith("valid/")} if scored else {},

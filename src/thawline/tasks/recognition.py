@@ -150,7 +150,8 @@ class Recognizer:
         manifest = read_manifest(Path(data), allow_pipes=self.options.allow_pipes)
         if limit is not None:
             manifest = manifest.keep(range(min(limit, len(manifest))))
-        samples = SpeechSamples(manifest, self.frontend, self.tokenizer, training=False)
+        frames = self.model.config.encoder_frames if isinstance(self.model, U2Model) else None
+        samples = SpeechSamples(manifest, self.frontend, self.tokenizer, training=False, encoder_frames=frames)
         plan = BatchPlan(len(samples), seed=0, batching=Batching(size=batch_size), length=samples.length, shuffle=False)
         bad: dict[int, str] = {}
 

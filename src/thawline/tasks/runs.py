@@ -12,10 +12,11 @@ from typing import Any
 from thawline.ckpt.load import Checkpoint, checkpoints, newest_whole, read_checkpoint
 from thawline.ckpt.mirror import bring_run
 from thawline.ckpt.remote import is_url, local_path
-from thawline.ckpt.store import atomic_dir, link
+from thawline.ckpt.store import atomic_dir, link, remove_tree
 from thawline.core.config import near_names
 from thawline.core.digest import digest_tensor
-from thawline.errors import CheckpointError, LawBroken, RecipeError
+from thawline.errors import CheckpointError, LawBroken, RecipeError, Stopped
+from thawline.train.compatibility import judge
 from thawline.train.loop import Run
 from thawline.train.loop import train as run_loop
 from thawline.train.monitor import Monitor
@@ -97,24 +98,24 @@ def resume(
     if fork is not None and not is_url(directory):
         branch(files, RunDirectory(Path(fork).absolute()), step=step)
         files, step = RunDirectory(Path(fork).absolute()), None
-    value, task = open_recipe(files.recipe, overrides)
-    if fork is not None and value.run.checkpoint.mirror == read_recipe(files.recipe).run.checkpoint.mirror:
-        value = _unmirrored(value)
-    return run_loop(value, task, files.path, monitor=monitor, allow=allow, from_step=step)
-
-
-def _unmirrored(recipe: Recipe) -> Recipe:
-    """The recipe of a fork: two runs must not send their checkpoints to one place."""
-    checkpoint = recipe.run.checkpoint.model_copy(update={"mirror": None})
-    return recipe.model_copy(update={"run": recipe.run.model_copy(update={"checkpoint": checkpoint})})
+    if fork is not None:  # two runs must not send their checkpoints to one place
+        files.write_recipe(read_recipe(files.recipe, {"run.checkpoint.mirror": None}))
+    try:
+        value, task = open_recipe(files.recipe, overrides)
+        return run_loop(value, task, files.path, monitor=monitor, allow=allow, from_step=step)
+    except RecipeError:
+        if fork is not None and len(checkpoints(files.checkpoints)) == 1:  # refused before it took a step of its own
+            remove_tree(files.path)
+        raise
 
 
 def branch(files: RunDirectory, target: RunDirectory, *, step: int | None = None) -> int:
     """Copy what a run is at its newest whole checkpoint, or at that of `step`, into a new folder; the step taken."""
-    if step is None:
-        source = newest_whole(files.checkpoints, report=lambda line: None)
-    else:
-        source = files.checkpoints / f"step-{step:08d}"
+    if target.path.exists():
+        raise RecipeError(
+            "exists already", where=str(target.path), fix="a fork begins in a new folder: give another name"
+        )
+    source = newest_whole(files.checkpoints, report=lambda line: None) if step is None else files.checkpoint(step)
     taken = read_checkpoint(source).step
     with atomic_dir(target.path) as folder:
         for file in (files.recipe, files.base, files.metrics):
@@ -138,18 +139,32 @@ def repeat_steps(directory: str | Path, steps: int, *, step: int | None = None) 
     checkpoint is kept.
     """
     files = _begun(directory)
-    kept = sorted(s for s, _ in checkpoints(files.checkpoints) if step is None or s <= step)
-    if len(kept) < 2:
+    value, task = open_recipe(files.recipe, {"run.checkpoint.mirror": None, "run.time_limit": None})
+    states = {
+        s: state
+        for s, path in checkpoints(files.checkpoints)
+        if (step is None or s <= step) and (state := _state_of(path)) is not None
+    }
+    end = max(states, default=0)
+    kept = sorted(s for s, state in states.items() if s < end and _alike(state, {**state, "recipe": value.resolved()}))
+    if not kept:
         raise CheckpointError(
-            "no earlier checkpoint is kept to repeat from", where=str(files.checkpoints), fix="run.checkpoint.keep=2"
+            "no earlier checkpoint is kept to repeat from, or none that is whole and of the same settings",
+            where=str(files.checkpoints),
+            fix="resume without --verify; run.checkpoint.keep=2 keeps one more",
         )
-    end = kept[-1]
-    start = max((s for s in kept[:-1] if s <= end - steps), default=kept[0])
-    value, task = open_recipe(files.recipe)
+    start = max((s for s in kept if s <= end - steps), default=kept[0])
     with tempfile.TemporaryDirectory(prefix="thawline-verify-") as folder:
         copy = RunDirectory(Path(folder) / "run")
         branch(files, copy, step=start)
-        run_loop(value, task, copy.path, from_step=start, until=end)
+        try:
+            run_loop(value, task, copy.path, from_step=start, until=end)
+        except Stopped as exc:
+            raise Stopped(
+                f"the run is as it was; while its last steps were repeated: {exc.what}",
+                where=str(files.path),
+                fix=f"thawline resume {files.path}",
+            ) from exc
         recorded = [row for row in read_rows(files.metrics) if start < row["step"] <= end]
         repeated = [row for row in read_rows(copy.metrics) if start < row["step"] <= end]
         for before, after in zip(recorded, repeated, strict=False):
@@ -168,6 +183,23 @@ def repeat_steps(directory: str | Path, steps: int, *, step: int | None = None) 
     return end - start
 
 
+def _state_of(path: Path) -> Mapping[str, Any] | None:
+    """What a checkpoint records of its run; None for one that is not whole."""
+    try:
+        return read_checkpoint(path).state
+    except CheckpointError:
+        return None
+
+
+def _alike(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether nothing that could matter has been allowed to change in between."""
+    try:
+        judge(recorded, now)
+    except RecipeError:
+        return False
+    return True
+
+
 def _digests(checkpoint: Checkpoint) -> dict[str, str]:
     """Digests of weights, of the optimizer's state and of averages, by name."""
     parts = {"optimizer": checkpoint.optimizer, "ema": checkpoint.ema}
@@ -183,6 +215,6 @@ def _begun(directory: str | Path) -> RunDirectory:
             f"{str(directory)!r} is not a run directory",
             fix=f"a WeNet training goes on by `thawline init {directory} --continue` and training the recipe it writes"
             if wenets
-            else "it would hold recipe.yaml; begin one with thawline train",
+            else "it would hold recipe.yaml and base.json; begin one with thawline train",
         )
     return files

@@ -46,6 +46,8 @@ def settings_of(
     for name in ("prompt", "fallback"):
         if getattr(options, name):
             raise RecipeError(f"{name} is for Whisper alone", where=name, fix="leave it out")
+    if options.task == "translate" and not model.config.is_whisper:
+        raise RecipeError("this model cannot translate; it writes what it hears", where="task", fix="leave it out")
     settings: dict[str, Any] = {
         "mode": mode,
         "beam": beam,

@@ -42,13 +42,13 @@ class SpeechOptions(Strict):
     """attention_rescoring: weight of the CTC score."""
     reverse_weight: float = Field(default=0.0, ge=0, le=1)
     """attention_rescoring: share of the right-to-left decoder, where there is one."""
-    length_penalty: float = 0.0
+    length_penalty: float = Field(default=0.0, allow_inf_nan=False)
     """attention: scores are divided by length to this power."""
     blank_penalty: float = Field(default=0.0, ge=0)
     """CTC: taken from blank's logit; more than zero gives more tokens."""
     chunk_size: int = -1
     """Encoder frames a chunk, for models trained so; -1 is full context."""
-    left_chunks: int = -1
+    left_chunks: int = Field(default=-1, ge=-1)
     """Chunks of history; -1 is all."""
     streaming: bool = False
     """Compute the encoder chunk by chunk with caches, as for live speech."""

@@ -194,21 +194,26 @@ def _exported(path: Path) -> VisionHome:
             where=where,
             fix="use the version of thawline that wrote it, or a newer one",
         )
-    made = Architecture(
-        kind=note["architecture"]["kind"],
-        name=note["architecture"]["name"],
-        args=note["architecture"]["args"],
-        config=_json(path / "config.json") if note["architecture"]["kind"] == "transformers" else None,
-    )
-    return VisionHome(
-        path=path,
-        architecture=made,
-        classes=tuple(note["classes"]),
-        input=bind(ImageInput, Document(note["input"], where)),
-        groupnorm=tuple(note["groupnorm"]),
-        head=note["head"],
-        weights=path,
-    )
+    try:
+        made = Architecture(
+            kind=note["architecture"]["kind"],
+            name=note["architecture"]["name"],
+            args=note["architecture"]["args"],
+            config=_json(path / "config.json") if note["architecture"]["kind"] == "transformers" else None,
+        )
+        return VisionHome(
+            path=path,
+            architecture=made,
+            classes=tuple(note["classes"]),
+            input=bind(ImageInput, Document(note["input"], where)),
+            groupnorm=tuple(note["groupnorm"]),
+            head=note["head"],
+            weights=path,
+        )
+    except (KeyError, TypeError) as exc:
+        raise CheckpointError(
+            f"the description of the model cannot be read: {exc}", where=where, fix="export the run again"
+        ) from exc
 
 
 def _of_file(path: Path, model_fn: str, args: dict[str, Any]) -> Architecture:

@@ -14,15 +14,19 @@ from thawline.errors import ThawlineError
 from thawline.tasks.kinds import kind_of
 from thawline.tasks.vision import confusion
 from thawline.tasks.vision_classifier import Classifier
-from thawline.train.recipe import read_recipe
-from thawline.train.rundir import RunDirectory
+from thawline.tasks.vision_home import VisionHome
+from thawline.train.evaluation import best_step
+from thawline.train.held_back import kept_rows
+from thawline.train.recipe import Recipe, read_recipe
+from thawline.train.rundir import RunDirectory, read_rows
+from thawline.train.task import Evaluation
 
 _SIDE = 96
 """Largest side of a picture on the page, in pixels."""
 
 
 def review_run(directory: Path, *, mistakes: int = 36) -> Mapping[str, Any] | None:
-    """Score the run's model on its held-back images once more.
+    """What the run's model made of its held-back images: as the run wrote it down, or else scored anew.
 
     Returns {"data", "metrics", "classes", "confusion", "mistakes"}, or {"missing": why}, or None for another task. The
     mistakes are the wrong answers with the largest loss, each with its picture as a data address.
@@ -35,20 +39,43 @@ def review_run(directory: Path, *, mistakes: int = 36) -> Mapping[str, Any] | No
         return {"missing": "The recipe names no held-back images (data.valid)."}
     path = recipe.path("data", "valid")
     try:
-        classifier = Classifier.open(directory)
-        result = classifier.evaluate(path)
         images = read_images(path)
+        number = {images.key(i): i for i in range(len(images))}
+        classes, result = _written_down(files, recipe) or _scored_anew(directory, path)
+        if not all(row["key"] in number for row in result.rows):  # the images are others by now
+            classes, result = _scored_anew(directory, path)
     except ThawlineError as exc:
         return {"missing": f"The model could not be scored: {exc}"}
-    number = {images.key(i): i for i in range(len(images))}
     wrong = sorted((row for row in result.rows if row["label"] != row["predicted"]), key=lambda row: -row["loss"])
     return {
         "data": str(path),
         "metrics": dict(result.metrics),
-        "classes": list(classifier.home.classes),
-        "confusion": confusion(result.rows, classifier.home.classes).tolist(),
+        "classes": list(classes),
+        "confusion": confusion(result.rows, classes).tolist(),
         "mistakes": [{**row, "image": _picture(images.pixels(number[row["key"]]))} for row in wrong[:mistakes]],
     }
+
+
+def _written_down(files: RunDirectory, recipe: Recipe) -> tuple[tuple[str, ...], Evaluation] | None:
+    """The classes of the exported model and the run's own evaluation of it; None where its rows are not kept, and where
+    the run was taken up again since."""
+    turns = [event["event"] for event in read_rows(files.events) if event["event"] in ("finished", "resumed")]
+    scores = [row for row in read_rows(files.metrics) if any(name.startswith("valid/") for name in row)]
+    if turns[-1:] != ["finished"] or not scores:
+        return None
+    best = best_step(recipe, scores)
+    step = scores[-1]["step"] if best is None else best
+    rows = kept_rows(files, step)
+    if not rows:
+        return None
+    score = next(row for row in scores if row["step"] == step)
+    metrics = {name.removeprefix("valid/"): value for name, value in score.items() if name.startswith("valid/")}
+    return VisionHome.of(files.model).classes, Evaluation(metrics, rows)
+
+
+def _scored_anew(directory: Path, data: Path) -> tuple[tuple[str, ...], Evaluation]:
+    classifier = Classifier.open(directory)
+    return classifier.home.classes, classifier.evaluate(data)
 
 
 def _picture(pixels: Pixels) -> str:

@@ -40,15 +40,18 @@ def hear_wenet(
     recognizer: Recognizer, recordings: Sequence[tuple[str, NDArray[np.float32]]], *, times: bool
 ) -> list[Transcript]:
     """(name, samples (n,) at the model's rate) -> what was said; more than LONGEST_S in windows cut at quiet places."""
+    model: Any = recognizer.model
     rate = recognizer.frontend.rate_hz
     pieces: list[tuple[int, float, SpeechSample]] = []  # recording, its begin in seconds, features
     for number, (name, samples) in enumerate(recordings):
         ranges = quiet_windows(samples, rate) if len(samples) > LONGEST_S * rate else [(0, len(samples))]
         for begin, end in ranges:
             feats = recognizer.frontend.features_of(samples[begin:end], None)
-            if len(feats) == 0 and len(ranges) == 1:
-                raise DataError(f"{len(samples)} samples at {rate} Hz are less than one frame", where=name)
-            if len(feats):
+            heard_at_all = model.config.encoder_frames(len(feats)) > 0
+            if not heard_at_all and len(ranges) == 1:
+                what = f"{len(samples)} samples at {rate} Hz are less than one frame of the encoder"
+                raise DataError(what, where=name, fix="leave it out, or take the whole recording")
+            if heard_at_all:
                 pieces.append((number, begin / rate, SpeechSample(name, feats, (), "")))
     heard: list[list[_Part]] = [[] for _ in recordings]
     for at in range(0, len(pieces), _TOGETHER):

@@ -26,6 +26,7 @@ _CANNOT_MATTER = (
     "run.tensorboard",
     "run.time_limit",
     "run.checkpoint.keep",
+    "run.checkpoint.keep_every",
     "run.checkpoint.on_error",
     "run.checkpoint.mirror",
     "run.engine",

@@ -25,10 +25,12 @@ class Ema:
     """The averages of one model's parameters, by the parameters' first names.
 
     kept: averages of a checkpoint, whose names may be tied ones too; empty at the start of a run
+    away: whether the model's own weights are out of it, or on their way (what `in_place` does)
     """
 
     def __init__(self, settings: EmaSettings, model: nn.Module, kept: Mapping[str, Tensor]) -> None:
         self._settings = settings
+        self.away = False
         self._weights = parameters_by_name(model)
         self.averages = {name: kept[name].to(p.device) for name, p in self._weights.items() if name in kept}
 
@@ -50,11 +52,13 @@ class Ema:
     def in_place(self) -> Iterator[None]:
         """Meanwhile the model holds the averages; afterwards its own weights again, bit for bit."""
         own = {name: self._weights[name].detach().clone() for name in self.averages}
+        self.away = True
         try:
             self._put_(self.averages)
             yield
         finally:
             self._put_(own)
+            self.away = False
 
     @torch.no_grad()
     def _put_(self, values: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from thawline.data.loader import BadSample, BatchRequest, Loader
 from thawline.data.sampler import Batching, BatchPlan, Cursor
 from thawline.train.memory import OutOfMemory, is_out_of_memory, pieces, until_it_fits
 from thawline.train.recipe import Recipe
-from thawline.train.task import Samples, Task
+from thawline.train.task import Evaluation, Samples, Task
 
 
 def evaluate(
@@ -25,8 +25,8 @@ def evaluate(
     split: int,
     tell: Callable[[int], None],
     waits: Callable[[str], None],
-) -> tuple[Mapping[str, float], tuple[BadSample, ...]]:
-    """Metrics of `model` on `samples`, in their own order, in eval mode, without gradients; and the unreadable ones.
+) -> tuple[Evaluation, tuple[BadSample, ...]]:
+    """What `model` makes of `samples`, in their own order, in eval mode, without gradients; and the unreadable ones.
 
     split: pieces that each batch is cut into; where an evaluation does not fit into memory it is begun anew with twice
            as many, and `tell` is told
@@ -38,7 +38,7 @@ def evaluate(
     plan = BatchPlan(len(samples), seed=recipe.run.seed, batching=batching, length=samples.length, shuffle=False)
     requests = [BatchRequest(epoch=0, cursor=cursor, ids=ids) for cursor, ids in plan.batches(Cursor())]
 
-    def once(split: int) -> tuple[Mapping[str, float], tuple[BadSample, ...]]:
+    def once(split: int) -> tuple[Evaluation, tuple[BadSample, ...]]:
         bad: list[BadSample] = []
 
         def batches(loader: Loader[Any, Any]) -> Iterator[Any]:
@@ -50,12 +50,12 @@ def evaluate(
         try:
             loader = Loader(samples, seed=recipe.run.seed, workers=recipe.run.workers, tell=waits)
             with loader, torch.no_grad():
-                metrics = task.evaluate(model, samples, batches(loader)).metrics
+                found = task.evaluate(model, samples, batches(loader))
         except Exception as exc:
             if is_out_of_memory(exc):
                 raise OutOfMemory(str(exc)) from exc
             raise
-        return metrics, tuple(bad)
+        return found, tuple(bad)
 
     was_training = model.training
     model.eval()

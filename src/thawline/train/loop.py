@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from thawline.ckpt.store import StorageError
 from thawline.errors import DataError, Stopped
 from thawline.train.engine import Rate
 from thawline.train.memory import until_it_fits
@@ -22,6 +23,7 @@ from thawline.train.reading import GlobalBatch
 from thawline.train.recipe import Recipe
 from thawline.train.rewind import pass_over, too_many
 from thawline.train.rundir import RunDirectory
+from thawline.train.saving import end_of
 from thawline.train.session import Session
 from thawline.train.step import StepResult, train_step
 from thawline.train.stopping import StopSignal
@@ -58,10 +60,20 @@ def train(
     monitor = monitor or SilentMonitor()
     files = RunDirectory(directory.absolute())
     with files.locked(), StopSignal(recipe.run.time_limit) as stop:
-        run = _stretch(partial(Session.open, recipe, task, files, monitor, allow, from_step), stop, until)
+        run = _stretch(partial(_open, recipe, task, files, monitor, allow, from_step), stop, until)
         while run is None:
-            run = _stretch(partial(Session.open, recipe, task, files, monitor, allow), stop, until)
+            run = _stretch(partial(_open, recipe, task, files, monitor, allow), stop, until)
     return run
+
+
+def _open(recipe: Recipe, task: Task, files: RunDirectory, monitor: Monitor, *options: Any) -> Session:
+    try:
+        return Session.open(recipe, task, files, monitor, *options)
+    except StorageError as exc:
+        end = end_of(exc, files, monitor.note)
+        if end is exc:
+            raise
+        raise end from exc
 
 
 def _stretch(open_session: Callable[[], Session], stop: StopSignal, until: int | None) -> Run | None:

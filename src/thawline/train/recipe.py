@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, field_validator, model_validator
 
 from thawline.core.config import Document, Strict, bind, override, read_yaml
 from thawline.core.span import Span
@@ -17,8 +17,30 @@ from thawline.data.sampler import Batching
 from thawline.errors import RecipeError
 from thawline.freeze.plan import FreezePlan
 
-SpanField = Annotated[Span, BeforeValidator(Span.parse), PlainSerializer(str, return_type=str)]
+
+def _span(text: str | int | Span) -> Span:
+    try:
+        return Span.parse(text)
+    except RecipeError as exc:  # pydantic knows the place of a ValueError only
+        raise ValueError(f"{exc.what}: {exc.fix}") from exc
+
+
+def _some(span: Span) -> Span:
+    if not span.amount:
+        raise ValueError("must be more than nothing, e.g. 1 steps")
+    return span
+
+
+def _clock(span: Span) -> Span:
+    if span.unit != "minutes":
+        raise ValueError("a limit of time is given in minutes or hours, e.g. '90 minutes'")
+    return span
+
+
+SpanField = Annotated[Span, BeforeValidator(_span), PlainSerializer(str, return_type=str)]
 """A field written as `500 steps`, `2 epochs`, `10 minutes` or `20%`."""
+Every = Annotated[SpanField, AfterValidator(_some)]
+"""How often something is done."""
 
 
 class DataSettings(Strict):
@@ -70,10 +92,12 @@ class OptimSettings(Strict):
 class CheckpointSettings(Strict):
     """When checkpoints are written and which are kept."""
 
-    every: SpanField = Span(500, "steps")
+    every: Every = Span(500, "steps")
     """Besides this, one is written at each evaluation, at the end and when the run is told to stop."""
     keep: int = Field(default=3, ge=1)
     """The newest so many stay."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Those whose step is a multiple of this stay too, as milestones to go back to."""
     best: str | None = None
     """A metric such as `valid/wer`: its best checkpoint stays too, and is what the run exports."""
     mode: Literal["min", "max", "auto"] = "auto"
@@ -141,14 +165,14 @@ class RunSettings(Strict):
     and about a third more time, the same bits."""
     workers: int = Field(default=2, ge=0)
     """Loader processes; changes nothing but speed."""
-    evaluate: SpanField = Span(1, "epochs")
+    evaluate: Every = Span(1, "epochs")
     """Steps, epochs or a share of the run: what depends on evaluations must not depend on the clock."""
     checkpoint: CheckpointSettings = CheckpointSettings()
     engine: Literal["auto", "single"] = "auto"
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
-    time_limit: SpanField | None = None
-    """Minutes after which the run checkpoints and stops with exit code 75."""
+    time_limit: Annotated[SpanField, AfterValidator(_clock)] | None = None
+    """Minutes or hours after which the run checkpoints and stops with exit code 75."""
     nonfinite: NonfiniteSettings = NonfiniteSettings()
     ema: EmaSettings | None = None
     tensorboard: bool = False

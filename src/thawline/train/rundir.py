@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from thawline.ckpt import store
+from thawline.ckpt.load import checkpoints
 from thawline.ckpt.store import atomic_file
 from thawline.core.config import dump_yaml
-from thawline.errors import RecipeError
+from thawline.errors import CheckpointError, RecipeError
 from thawline.train.recipe import Recipe
 
 
@@ -100,6 +101,10 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def evaluations(self) -> Path:
+        return self.path / "evaluations"
+
+    @property
     def speed(self) -> Path:
         return self.path / "speed.jsonl"
 
@@ -117,7 +122,9 @@ class RunDirectory:
 
     @property
     def begun(self) -> bool:
-        return self.recipe.exists()
+        """Whether this is the folder of a run. A recipe alone makes none: `thawline init` writes one wherever it is
+        called, in a model's own folder too."""
+        return self.recipe.exists() and (self.base.exists() or bool(checkpoints(self.checkpoints)))
 
     @property
     def finished(self) -> bool:
@@ -136,19 +143,39 @@ class RunDirectory:
                 return True
         return False
 
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint of `step`, whole or not. Raises CheckpointError naming those that are kept."""
+        kept = dict(checkpoints(self.checkpoints))
+        if step not in kept:
+            raise CheckpointError(
+                f"no checkpoint of step {step}", where=str(self.checkpoints), fix=f"kept are the steps {sorted(kept)}"
+            )
+        return kept[step]
+
     def create(self, recipe: Recipe) -> None:
         """Make the folder and write the resolved recipe."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        with store.storage(self.checkpoints):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.write_recipe(recipe)
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Write the resolved recipe, at the beginning and where the run goes on with a changed one."""
         write_text(self.recipe, dump_yaml(recipe.resolved()))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the run: two trainers in one folder would tear each other's logs. Freed when the process ends, however
         it ends."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as handle:
+        if self.path.exists() and not self.path.is_dir():
+            raise RecipeError(
+                "is not a folder", where=str(self.path), fix="give the run a folder of its own with --run"
+            )
+        with store.storage(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = (self.path / ".lock").open("w")
+        with lock:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as exc:
                 raise RecipeError(
                     "another process is training in this folder",
@@ -169,14 +196,20 @@ class RunDirectory:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines log; a torn last line, left by a kill, is passed over."""
+    """The rows of a JSON-lines log; a torn last line, left by a kill, is passed over.
+
+    Raises CheckpointError for a damaged line before it.
+    """
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            break
-        rows.append(json.loads(line))
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as exc:
+            raise CheckpointError(
+                "the line is damaged", where=f"{path}:{number}", fix="take the file from a copy, or remove the line"
+            ) from exc
     return rows
 
 

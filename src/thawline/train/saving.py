@@ -100,18 +100,6 @@ class Keeper:
         """Wait for the save under way."""
         self._saver.drain()
 
-    def end_of(self, refusal: StorageError) -> ThawlineError:
-        """What a run ends with whose storage refuses: exit code 75 where there is a checkpoint to go on from."""
-        try:
-            whole = newest_whole(self.files.checkpoints, report=self.tell)
-        except CheckpointError:
-            return refusal
-        return Stopped(
-            f"the storage refuses: {refusal.what}; the last whole checkpoint is {whole.name}",
-            where=refusal.where,
-            fix=f"{refusal.fix}; then thawline resume {self.files.path}",
-        )
-
     def close(self) -> None:
         """Wait for the save under way, and write no more."""
         self._saver.close()
@@ -124,7 +112,20 @@ class Keeper:
     def _prune(self, newest: Path) -> None:
         """In the writing thread, once a checkpoint is on the device."""
         scores = self.scores()
-        rule = Keep(last=self.settings.keep, best=1 if scores else 0)
+        rule = Keep(last=self.settings.keep, best=1 if scores else 0, every=self.settings.keep_every or 0)
         prune(self.files.checkpoints, rule, scores=scores, trusted=newest, also=self.also())
         if self.settings.mirror is not None:
             mirror_checkpoint(newest, self.settings.mirror, keep=rule, scores=scores)
+
+
+def end_of(refusal: StorageError, files: RunDirectory, tell: Callable[[str], None]) -> ThawlineError:
+    """What a run ends with whose storage refuses: exit code 75 where there is a checkpoint to go on from."""
+    try:
+        whole = newest_whole(files.checkpoints, report=tell)
+    except CheckpointError:
+        return refusal
+    return Stopped(
+        f"the storage refuses: {refusal.what}; the last whole checkpoint is {whole.name}",
+        where=refusal.where,
+        fix=f"{refusal.fix}; then thawline resume {files.path}",
+    )

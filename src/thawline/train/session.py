@@ -33,6 +33,7 @@ from thawline.train.compatibility import environment, judge
 from thawline.train.ema import Ema
 from thawline.train.engine import Engine, Rate, pick_device
 from thawline.train.evaluation import best_step, evaluate, scores
+from thawline.train.held_back import keep_rows
 from thawline.train.law import Law, write_audit
 from thawline.train.microbatch import PlannedStep, count_for, planned_steps
 from thawline.train.monitor import Monitor
@@ -40,7 +41,7 @@ from thawline.train.probe import choose
 from thawline.train.reading import GlobalBatch, global_batches
 from thawline.train.recipe import Recipe
 from thawline.train.rundir import RowLog, RunDirectory
-from thawline.train.saving import Keeper
+from thawline.train.saving import Keeper, end_of
 from thawline.train.seeding import seed_all
 from thawline.train.start import first_moments, first_state, terms
 from thawline.train.state import RunState
@@ -126,6 +127,7 @@ class Session:
             },
             "environment": environment(device),
         }
+        changed = False
         if checkpoint is None:
             files.create(recipe)
             files.event("started", environment=recorded["environment"], data=recorded["data"])
@@ -135,6 +137,7 @@ class Session:
                 monitor.note(f"CONTINUES {terms(recipe.start)}")
         else:
             verdict = judge(checkpoint.state, recorded, allow=allow, where=str(files.path))
+            changed = verdict.grade == "CONTINUES"
             files.event("resumed", step=state.step, grade=verdict.grade, reasons=list(verdict.reasons))
             because = f" ({'; '.join(verdict.reasons)})" if verdict.reasons else ""
             monitor.note(f"going on after step {state.step}: {verdict.grade}{because}")
@@ -168,6 +171,9 @@ class Session:
         )
         if checkpoint is None and recipe.run.micro_batch is not None:
             session._choose_pieces(recipe.run.micro_batch)
+        if changed:  # what was allowed once is what the run is from here on, also for those that resume it next
+            files.write_recipe(recipe)
+            session.save(wait=True)
         return session
 
     @property
@@ -244,7 +250,7 @@ class Session:
         if self.valid_samples is None:
             return
         with self.clock.waiting("evaluation"), self.averaged():
-            metrics, bad = evaluate(
+            found, bad = evaluate(
                 self.task,
                 self.model,
                 self.valid_samples,
@@ -258,7 +264,7 @@ class Session:
             self.files.event("bad sample", step=self.state.step, split="valid", key=sample.key, reason=sample.reason)
             self.monitor.note(f"left out held-back sample {sample.key}: {sample.reason}")
         row = {"step": self.state.step, "epoch": round(self.progress.epoch, 6)}
-        row |= {f"valid/{name}": value for name, value in metrics.items()}
+        row |= {f"valid/{name}": value for name, value in found.metrics.items()}
         best = self.recipe.run.checkpoint.best
         if best is not None and best not in row:
             known = ", ".join(k for k in row if k.startswith("valid/"))
@@ -269,6 +275,8 @@ class Session:
             )
         self.state = replace(self.state, history=(*self.state.history, row))
         self.metrics.append(row)
+        best_so_far = best_step(self.recipe, self.state.history)
+        keep_rows(self.files, self.state.step, found.rows, best=best_so_far, tell=self.monitor.note)
         self.monitor.evaluation(row)
         if self.board is not None:
             self.board.scalars(self.state.step, row)
@@ -322,7 +330,7 @@ class Session:
         """What the run ends with because of `exc`, once the last whole step has its checkpoint, if that can be had."""
         end: BaseException = exc
         if isinstance(exc, StorageError):
-            end = self.keeper.end_of(exc)
+            end = end_of(exc, self.files, self.monitor.note)
         elif not isinstance(exc, LawBroken):
             self._rescue()
         code = {"exit_code": end.exit_code} if isinstance(end, ThawlineError) else {}
@@ -335,6 +343,9 @@ class Session:
             return
         if self.engine.torn:
             self.monitor.note(f"cut off inside the update after step {step}: the last checkpoint before it stays")
+            return
+        if self.ema is not None and self.ema.away:
+            self.monitor.note("cut off between weights and averages: the last checkpoint before that stays")
             return
         try:
             self.save(wait=True)
@@ -493,13 +504,15 @@ def _base_model(recipe: Recipe, task: Task, files: RunDirectory) -> tuple[Recipe
 
 def _checkpoint(files: RunDirectory, monitor: Monitor, step: int | None) -> Checkpoint | None:
     if step is not None:
-        path = files.checkpoints / f"step-{step:08d}"
-        if not path.is_dir():
-            kept = sorted(int(p.name.removeprefix("step-")) for p in files.checkpoints.glob("step-*"))
-            raise CheckpointError(
-                f"no checkpoint of step {step}", where=str(files.checkpoints), fix=f"kept are the steps {kept}"
-            )
-        return read_checkpoint(path)
-    if not checkpoints(files.checkpoints):
-        return None
-    return read_newest(files.checkpoints, report=monitor.note)
+        return read_checkpoint(files.checkpoint(step))
+    if checkpoints(files.checkpoints):
+        return read_newest(files.checkpoints, report=monitor.note)
+    if files.finished:
+        raise CheckpointError(
+            "the run is finished, and none of its checkpoints is left to go on from",
+            where=str(files.checkpoints),
+            fix="its result stays as it is; to train it again give another folder with --run",
+        )
+    if files.begun:
+        monitor.note("there is no checkpoint: the run begins at its beginning")
+    return None

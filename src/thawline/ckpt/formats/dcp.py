@@ -109,8 +109,10 @@ class _Metadata:
         }
         if not routes:
             raise self.bad("lists no tensor", "give a checkpoint of a model")
+        seen: set[str] = set()
         while True:
             roots = {route[0] for route in routes.values()}
+            seen |= roots
             chosen = [key] if key in roots else [name for name in _WEIGHT_KEYS if name in roots]
             nested = all(len(route) > 1 for fqn, route in routes.items() if route[0] in chosen)
             if chosen and nested:
@@ -125,8 +127,10 @@ class _Metadata:
                 break
             raise self.bad(
                 f"has the first keys {', '.join(sorted(roots))}, and none is known to hold weights",
-                "say which one does (key)",
+                "say which one does (--tag)",
             )
+        if key is not None and key not in seen:
+            raise self.bad(f"has no first key {key!r}", f"choose one of: {', '.join(sorted(seen)[:8])}")
         named = {".".join(route): fqn for fqn, route in routes.items()}
         if len(named) != len(routes):
             raise self.bad("has two tensors of one name")

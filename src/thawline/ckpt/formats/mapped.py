@@ -5,10 +5,13 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 from typing import Final
+
+from blake3 import blake3
 
 from thawline.ckpt.formats.checksum import crc32
 from thawline.errors import CheckpointError
@@ -114,6 +117,7 @@ class Region:
 
     crc:   CRC-32 of the stretch; None if the format keeps no checksum
     label: what the stretch is called in messages, e.g. "optim.pt: record data/3"
+    seal:  (what is hashed before the stretch, BLAKE3 digest of both) where the file records one; None elsewhere
     """
 
     file: MappedFile
@@ -121,6 +125,7 @@ class Region:
     nbytes: int
     crc: int | None = None
     label: str = ""
+    seal: tuple[bytes, str] | None = None
     _checked: bool = False
     _lock: Lock = field(default_factory=Lock)
 
@@ -156,19 +161,32 @@ class Region:
             self.file.check_size()
             if self.crc is not None:
                 found = 0
-                released = 0
-                self.expect(0, self.nbytes)
-                for start in range(0, self.nbytes, CHUNK_BYTES):
-                    stop = min(start + CHUNK_BYTES, self.nbytes)
-                    found = crc32(self.view(start, stop), found)
-                    released = self.release(released, stop, last=stop == self.nbytes)
+                for piece in self._pieces():
+                    found = crc32(piece, found)
                 if found != self.crc:
-                    raise CheckpointError(
-                        f"{self.label} is altered: CRC-32 {found:08x} instead of {self.crc:08x}",
-                        where=str(self.file.path),
-                        fix="copy the file again from where it was written, or use another checkpoint",
-                    )
+                    raise self._altered(f"CRC-32 {found:08x} instead of {self.crc:08x}")
+            if self.seal is not None:
+                hasher = blake3(self.seal[0])
+                for piece in self._pieces():
+                    hasher.update(piece)
+                if hasher.hexdigest() != self.seal[1]:
+                    raise self._altered(f"digest {hasher.hexdigest()[:16]} instead of {self.seal[1][:16]}")
             self._checked = True
+
+    def _pieces(self) -> Iterator[memoryview]:
+        released = 0
+        self.expect(0, self.nbytes)
+        for start in range(0, self.nbytes, CHUNK_BYTES):
+            stop = min(start + CHUNK_BYTES, self.nbytes)
+            yield self.view(start, stop)
+            released = self.release(released, stop, last=stop == self.nbytes)
+
+    def _altered(self, how: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.label} is altered: {how}",
+            where=str(self.file.path),
+            fix="copy the file again from where it was written, or use another checkpoint",
+        )
 
 
 def inside(root: Path, name: object) -> Path:

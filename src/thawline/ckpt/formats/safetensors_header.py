@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from thawline.ckpt.formats.mapped import MappedFile, Region
@@ -16,10 +17,12 @@ from thawline.ckpt.formats.pieces import ITEM_BYTES, Linear, Planned, TensorInfo
 from thawline.errors import CheckpointError
 
 MAX_HEADER: Final = 100_000_000
+DIGESTS: Final = "thawline.digests"
+"""Metadata entry of the safetensors files that `convert` writes: name -> digest, as JSON."""
 
 
 def read_header(file: MappedFile, origin: str = "") -> tuple[dict[str, Planned], dict[str, str]]:
-    """The tensors of a safetensors file in file order, and its metadata.
+    """The tensors of a safetensors file in file order, and its metadata; sealed with the digests that it records.
 
     Raises CheckpointError naming the file, the tensor and what is wrong.
     """
@@ -59,7 +62,38 @@ def read_header(file: MappedFile, origin: str = "") -> tuple[dict[str, Planned],
         position = stop
     if position != data.nbytes:
         raise damaged(f"lists {position} bytes of data; the file has {data.nbytes}")
-    return {name: planned[name] for _, _, name in sorted(spans)}, metadata
+    ordered = {name: planned[name] for _, _, name in sorted(spans)}
+    if DIGESTS not in metadata:
+        return ordered, metadata
+    try:
+        return sealed(ordered, json.loads(metadata[DIGESTS]), where=where), metadata
+    except (ValueError, RecursionError) as exc:
+        raise damaged(f"its record of digests is damaged: {exc}") from exc
+
+
+def sealed(tensors: Mapping[str, Planned], digests: Any, *, where: str) -> dict[str, Planned]:
+    """Tensors of a safetensors file, each to be compared with the digest recorded for it before its bytes are used.
+
+    Raises CheckpointError if a tensor with a recorded digest is not there, ValueError if `digests` is no record of any.
+    """
+    if not isinstance(digests, dict) or not all(isinstance(value, str) for value in digests.values()):
+        raise ValueError("not names and digests")
+    missing = sorted(digests.keys() - tensors.keys())
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} tensors are missing, first {missing[0]!r}", where=where, fix="copy the file again"
+        )
+    return {name: _seal(tensor, digests.get(name)) for name, tensor in tensors.items()}
+
+
+def _seal(tensor: Planned, digest: str | None) -> Planned:
+    (part,) = tensor.parts
+    if digest is None or not isinstance(part, Linear):
+        return tensor
+    info, data = tensor.info, part.region
+    head = f"{info.dtype}[{','.join(map(str, info.shape))}]".encode() + b"\0"
+    own = Region(data.file, data.offset + part.offset, info.nbytes, None, f"tensor {info.name!r}", (head, digest))
+    return replace(tensor, parts=(Linear(own, 0, part.count),))
 
 
 def make_header(infos: Sequence[TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
@@ -73,6 +107,11 @@ def make_header(infos: Sequence[TensorInfo], metadata: Mapping[str, str]) -> tup
     places: dict[str, int] = {}
     position = 0
     for info in ordered:
+        if info.name == "__metadata__":
+            raise CheckpointError(
+                "a tensor is called '__metadata__', a name that safetensors keeps for itself",
+                fix="write torch's format (--to torch), or change the name (--rename)",
+            )
         entries[info.name] = {
             "dtype": info.dtype, "shape": list(info.shape), "data_offsets": [position, position + info.nbytes]
         }  # fmt: skip

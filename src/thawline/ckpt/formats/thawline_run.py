@@ -18,7 +18,7 @@ from blake3 import blake3
 from thawline.ckpt import manifest
 from thawline.ckpt.formats.mapped import MappedFile
 from thawline.ckpt.formats.pieces import Plan, Planned
-from thawline.ckpt.formats.safetensors_header import MAX_HEADER, read_header
+from thawline.ckpt.formats.safetensors_header import MAX_HEADER, read_header, sealed
 from thawline.errors import CheckpointError
 
 DELTA: Final = "delta.safetensors"
@@ -44,13 +44,9 @@ class DeltaPlan:
     base: Mapping[str, str]
     fingerprint: str
     base_path: str
-    below: tuple[str, ...]
     copied: Mapping[str, str]
     removed: tuple[str, ...]
-    merged: bool | None
-    path: Path
     file: MappedFile
-    result: str
 
 
 def is_delta(path: Path) -> bool:
@@ -72,11 +68,21 @@ def is_checkpoint(path: Path) -> bool:
 
 def is_run(path: Path) -> bool:
     """Whether a folder is a run directory."""
-    return (
-        path.is_dir()
-        and ((path / "base.json").is_file() or (path / "checkpoints").is_dir())
-        and not is_checkpoint(path)
-    )
+    return path.is_dir() and not is_checkpoint(path) and ((path / "base.json").is_file() or bool(_steps(path)))
+
+
+def checkpoint_called(path: Path, name: str) -> Path:
+    """The checkpoint of a run that has this name. Raises CheckpointError that lists those there are."""
+    steps = _steps(path)
+    if name not in steps:
+        listed = ", ".join(sorted(steps)) or "none"
+        raise CheckpointError(f"has no checkpoint {name!r}", where=str(path), fix=f"choose one of: {listed}")
+    return path / "checkpoints" / name
+
+
+def _steps(run: Path) -> list[str]:
+    folder = run / "checkpoints"
+    return [entry.name for entry in folder.iterdir() if _STEP.fullmatch(entry.name)] if folder.is_dir() else []
 
 
 def newest_checkpoint(path: Path) -> tuple[Path, tuple[str, ...]]:
@@ -121,22 +127,19 @@ def read_delta(path: Path) -> DeltaPlan:
     try:
         base = json.loads(metadata["base"])
         aliases: dict[str, str] = json.loads(metadata["aliases"])
-        tensors = dict(stored)
+        digests = _texts(json.loads(metadata["digests"]))
+        tensors = sealed(stored, {n: d for n, d in digests.items() if n not in aliases}, where=str(path))
         for alias, kept in aliases.items():
-            tensors[alias] = stored[kept].renamed(alias, tied_to=kept)
+            tensors[alias] = tensors[kept].renamed(alias, tied_to=kept)
         plan = DeltaPlan(
             tensors=tensors,
-            digests=_texts(json.loads(metadata["digests"])),
+            digests=digests,
             base=_texts(base["digests"]),
             fingerprint=str(base["fingerprint"]),
             base_path=str(base["path"]),
-            below=tuple(map(str, base["below"])),
             copied=_texts(json.loads(metadata["copied"])),
             removed=tuple(map(str, json.loads(metadata["removed"]))),
-            merged=json.loads(metadata["merged"]),
-            path=path,
             file=file,
-            result=str(metadata["result"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise CheckpointError(f"damaged: {exc}", where=str(path), fix="take the delta from a copy") from exc
@@ -169,11 +172,12 @@ def read_averages(path: Path) -> tuple[dict[str, Planned], MappedFile]:
 def plan_alone(delta: DeltaPlan) -> Plan:
     """The delta's own tensors, without the base."""
     unchanged = set(delta.base) - set(delta.tensors) - set(delta.removed)
+    absent = dict.fromkeys(sorted(unchanged), "unchanged from the base")
     return Plan(
         format="thawline delta",
         tensors=delta.tensors,
         files=(delta.file,),
-        not_held=dict.fromkeys(sorted(unchanged), "unchanged from the base"),
+        not_held=absent | {name: f"as {origin!r} of the base" for name, origin in delta.copied.items()},
     )
 
 

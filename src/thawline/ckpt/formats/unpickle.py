@@ -139,8 +139,9 @@ def unpickle(data: memoryview, *, where: str, start: int = 0) -> tuple[Any, int]
     try:
         return machine.run()
     except (struct.error, IndexError, KeyError, ValueError, TypeError, OverflowError, RecursionError) as exc:
+        why = "it ends before it is whole" if machine.at >= len(data) else exc
         raise CheckpointError(
-            f"the pickle is damaged near byte {machine.at}: {exc}", where=where, fix="copy the file again"
+            f"the pickle is damaged near byte {machine.at}: {why}", where=where, fix="copy the file again"
         ) from exc
 
 

@@ -7,6 +7,7 @@ upstream's demos, whatever training wrote in its place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -48,7 +49,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+        if self.max_new_tokens < 1 or not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise RecipeError(
                 f"max_new_tokens {self.max_new_tokens}, temperature {self.temperature}, top_p {self.top_p}: not meant",
                 fix="max_new_tokens >= 1, temperature >= 0, 0 < top_p <= 1",

@@ -508,3 +508,11 @@ def test_real_lists_are_read_with_durations(shared: Path, name: str, rows: int, 
 def test_the_module_does_not_import_torch_or_numpy():
     code = "import sys, thawline.data.manifest\nassert not {'torch', 'numpy'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_missing_list_is_not_answered_with_hidden_files(tmp_path: Path):
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "train.list").write_text("{}")
+    with pytest.raises(DataError) as caught:
+        read_manifest(tmp_path / "zzz")
+    assert caught.value.fix == "there is: train.list"

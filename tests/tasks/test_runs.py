@@ -40,6 +40,13 @@ def test_a_fork_goes_on_elsewhere_and_leaves_the_run_as_it_is(toy: Path) -> None
     assert sorted(p.name for p in (toy / "run" / "checkpoints").iterdir()) == before
 
 
+def test_a_run_in_the_folder_of_its_own_base_is_refused_and_leaves_the_base_as_it_is(toy: Path) -> None:
+    before = sorted(p.name for p in (toy / "run" / "model").iterdir())
+    with pytest.raises(RecipeError, match="the run would lie in the folder of its own base"):
+        runs.train(toy / "toy.yaml", {"model": str(toy / "run" / "model")}, run=toy / "run" / "model")
+    assert sorted(p.name for p in (toy / "run" / "model").iterdir()) == before
+
+
 def test_repeating_the_last_steps_gives_the_recorded_bits(toy: Path) -> None:
     assert runs.repeat_steps(toy / "run", 5) == 6  # from the checkpoint of step 15 to the last, 21
 

@@ -66,6 +66,12 @@ def train(
     """Train the recipe in `run` (default: runs/NAME beside the working directory), or go on with it there."""
     value, task = open_recipe(recipe, overrides)
     directory = Path(run) if run is not None else Path("runs") / Path(recipe).stem
+    if directory.resolve() == value.path("model").resolve():
+        raise RecipeError(
+            f"the run would lie in the folder of its own base, {str(directory)!r}",
+            where=value.where("model"),
+            fix="give another folder with --run",
+        )
     return run_loop(value, task, directory, monitor=monitor, allow=allow)
 
 

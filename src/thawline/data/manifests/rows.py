@@ -172,7 +172,7 @@ def missing(path: Path) -> DataError:
     while not parent.exists() and parent != parent.parent:
         path, parent = parent, parent.parent
     try:
-        siblings = sorted(p.name for p in parent.iterdir())
+        siblings = sorted(p.name for p in parent.iterdir() if not p.name.startswith("."))
     except (PermissionError, NotADirectoryError):
         siblings = []
     near = difflib.get_close_matches(path.name, siblings, n=3, cutoff=0.5)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Final
 
 from blake3 import blake3
@@ -23,8 +24,11 @@ from thawline.ckpt.source import Source, digest
 from thawline.ckpt.verify import cores
 from thawline.errors import CheckpointError
 
-_LARGEST_CHUNK: Final = 1 << 20  # larger ones leave the processor's cache between hashing and writing
+# Larger ones leave the processor's cache between hashing and writing, and for writes of a megabyte Linux looks for
+# megabytes of contiguous memory, which in a virtual machine may take three times as long as the copy.
+_LARGEST_CHUNK: Final = 512 << 10
 _SMALLEST_CHUNK: Final = 64 << 10
+_FLUSHED: Final = 256 << 20  # written between two flushes: the device works while we compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +74,15 @@ class Engine:
         self.checksums: dict[str, int] = {}
         self.verified = False
         self._stamps = _stamps(work.source)
+        self._lock = Lock()
+        self._unflushed = 0
 
     def copy(self, file: store.Direct, places: Mapping[str, int], *, checksums: bool = False) -> None:
         """Write each named tensor at its place of a file; tensors at one place are written once.
 
-        Every source region's own checksum is compared meanwhile. The largest tensors go first, so that no core is left
-        with one at the end. Raises CheckpointError or OSError of the first failure, after stopping the others.
+        Every source region's own checksum is compared too, from what went by. The largest tensors go first, so that no
+        core is left with one at the end. Raises CheckpointError or OSError of the first failure, after stopping the
+        others.
         """
         # An empty tensor has the place of the one after it without being it.
         spots = {name: (place, "" if self.work.jobs[name].info.nbytes else name) for name, place in places.items()}
@@ -92,7 +99,8 @@ class Engine:
         def one(name: str) -> None:
             self._one(file, places[name], self.work.jobs[name], checksums)
 
-        run_all(self.workers, [(region.check, ()) for region in checks] + [(one, (name,)) for name in names])
+        run_all(self.workers, [(one, (name,)) for name in names])
+        run_all(self.workers, [(region.check, ()) for region in checks])
         for name, spot in spots.items():
             self.digests[name] = self.digests[first[spot]]
 
@@ -101,7 +109,7 @@ class Engine:
         narrows = have != want and not is_exact(have, want)
         hasher = _hasher(job.info)
         crc = lost = 0
-        for chunk in chunks(job.tensor, self.chunk):
+        for chunk in chunks(job.tensor, self.chunk, note=True):
             data = chunk if have == want else cast(chunk, have, want)
             if narrows:
                 lost += overflowed(chunk, have, data, want)
@@ -110,7 +118,10 @@ class Engine:
                 crc = crc32(data, crc)
             file.write_at(data, place)
             place += len(data)
+            self._flush_some(file, len(data))
         if lost:
+            for region in regions(job.tensor):
+                region.check()  # a flipped byte is the likelier cause
             raise CheckpointError(
                 f"{lost} values of {job.info.name!r} are too large for {want}",
                 where=str(self.work.source.path),
@@ -118,6 +129,15 @@ class Engine:
             )
         self.digests[job.info.name] = str(hasher.hexdigest())
         self.checksums[job.info.name] = crc
+
+    def _flush_some(self, file: store.Direct, written: int) -> None:
+        with self._lock:
+            self._unflushed += written
+            due = self._unflushed >= _FLUSHED
+            if due:
+                self._unflushed = 0
+        if due:
+            file.flush()
 
     def compare(self, have: Mapping[str, Planned], where: Path, file: store.Direct) -> None:
         """Read a finished target again, while it goes to the device. Raises CheckpointError if anything differs from

@@ -13,7 +13,6 @@ from thawline.ckpt.engine import Job, Work
 from thawline.ckpt.formats import whisper_names
 from thawline.ckpt.formats.casting import FLOATING
 from thawline.ckpt.source import Source
-from thawline.core.config import dump_yaml
 from thawline.core.whisper import has_special_tokens, wenet_values
 from thawline.errors import CheckpointError
 
@@ -88,6 +87,8 @@ def wenet_files(source: Source, jobs: Mapping[str, Job]) -> dict[str, bytes]:
     """
     if whisper_names.spelling(jobs) != "wenet":
         return {}
+    from thawline.core.config import dump_yaml  # the recipe's validation comes with it: 0.1 s that few conversions need
+
     openai = whisper_names.respell({name: job.tensor for name, job in jobs.items()}, "wenet", "openai")
     if not has_special_tokens(openai["decoder.token_embedding.weight"].info.shape[0]):
         return {}

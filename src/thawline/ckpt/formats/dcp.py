@@ -8,7 +8,7 @@ filesystem.py of torch 2.13. Optimizer state lies beside the weights under anoth
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from thawline.errors import CheckpointError
 
 _WEIGHT_KEYS: Final = ("model", "state_dict", "module", "model_state_dict", "net")
 _PACKAGE: Final = "torch.distributed.checkpoint.metadata"
+_END_BYTES: Final = 2048
 _ACCELERATE = re.compile(r"pytorch_model_fsdp(?:_\d+)?")
 
 
@@ -47,6 +48,7 @@ def plan(path: Path, *, key: str | None = None) -> Plan:
     metadata = _Metadata(folder)
     wanted = metadata.weights(key)
     files = _Files(folder)
+    metadata.fetch(set(wanted.values()), files)
     tensors = {name: metadata.tensor(fqn, name, files) for name, fqn in wanted.items()}
     skipped = metadata.skipped(wanted)
     return Plan(
@@ -145,6 +147,16 @@ class _Metadata:
                 root = self._route(fqn)[0]
                 counts[root] = counts.get(root, 0) + 1
         return ", ".join(f"{root} ({count})" for root, count in sorted(counts.items()))
+
+    def fetch(self, wanted: Collection[str], files: _Files) -> None:
+        """Ask for both ends of every chunk, where its torch file has its directory and pickle: the disk serves many
+        requests at once, and we wait for one at a time."""
+        for (fqn, _), place in self.places.items():
+            offset, length = place.get("offset"), place.get("length")
+            if fqn in wanted and isinstance(offset, int) and isinstance(length, int):
+                file = files.open(place.get("relative_path"))
+                file.soon(offset, min(offset + _END_BYTES, offset + length))
+                file.soon(max(offset, offset + length - _END_BYTES), offset + length)
 
     def tensor(self, fqn: str, name: str, files: _Files) -> Planned:
         entry = self.tensors[fqn]

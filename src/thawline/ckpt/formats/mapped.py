@@ -13,13 +13,13 @@ from typing import Final
 
 from blake3 import blake3
 
-from thawline.ckpt.formats.checksum import crc32
+from thawline.ckpt.formats.checksum import combined, crc32
 from thawline.errors import CheckpointError
 
-CHUNK_BYTES: Final = 4 << 20
+CHUNK_BYTES: Final = 512 << 10  # stays in the processor's cache
 _RELEASED: Final = 16 << 20  # each release interrupts the other cores
 _RELEASED_LAST: Final = 256 << 10
-_AHEAD: Final = 64 << 10
+_STREAMED: Final = 64 << 10
 
 
 class MappedFile:
@@ -51,6 +51,7 @@ class MappedFile:
             if not stat.S_ISREG(info.st_mode):
                 raise CheckpointError("is not a regular file", where=str(path), fix="give a file")
             self.size = info.st_size
+            self._identity = info.st_dev, info.st_ino
             if self.size:
                 self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
                 # Headers and probes are a few bytes in far places: with read-ahead, opening a cold ZeRO checkpoint of
@@ -71,11 +72,81 @@ class MappedFile:
             )
         return memoryview(self._map)[start:stop] if self._map is not None else memoryview(b"")
 
-    def expect(self, start: int, stop: int) -> None:
-        """Bytes [start, stop) will be read from beginning to end: the system may read ahead there."""
-        self._advise("MADV_SEQUENTIAL", start, stop)
+    def soon(self, start: int, stop: int) -> None:
+        """Bytes [start, stop) will be looked at: the system may fetch them while we do something else."""
+        if 0 <= start < stop <= self.size:
+            self._advise("MADV_WILLNEED", start, stop)
 
-    def release(self, start: int, stop: int) -> None:
+    def stream(self, start: int, stop: int, step: int) -> Iterator[memoryview]:
+        """Bytes [start, stop) from beginning to end, at most `step` at a time, without keeping them in memory.
+
+        A view given out is valid until the next one is asked for. Raises CheckpointError if the file has shrunk, was
+        replaced or cannot be read.
+        """
+        self.view(start, stop).release()
+        # Little, or in small pieces: a look at a few elements, which is not worth an opening.
+        if self._unnamed or min(step, stop - start) < _STREAMED:
+            yield from self._from_map(start, stop, step)
+        else:
+            yield from self._from_file(start, stop, step)
+
+    def _from_map(self, start: int, stop: int, step: int) -> Iterator[memoryview]:
+        """For what is small, or was just written and lies in the system's cache: nothing is copied."""
+        if min(step, stop - start) >= _STREAMED:
+            self._advise("MADV_SEQUENTIAL", start, stop)
+        released = start
+        for begin in range(start, stop, step):
+            end = min(begin + step, stop)
+            yield self.view(begin, end)
+            if end - released >= _RELEASED or (end == stop and end - released >= _RELEASED_LAST):
+                self._release(released, end)
+                released = end
+
+    def _from_file(self, start: int, stop: int, step: int) -> Iterator[memoryview]:
+        """For what may have to come from the disk: read calls ask for it further ahead than page faults do, and each
+        opening has a read-ahead of its own."""
+        buffer = memoryview(bytearray(min(step, stop - start)))
+        descriptor = self._open_again()
+        try:
+            for begin in range(start, stop, step):
+                wanted = buffer[: min(step, stop - begin)]
+                self._fill(wanted, descriptor, begin)
+                yield wanted
+        finally:
+            os.close(descriptor)
+
+    def _fill(self, wanted: memoryview, descriptor: int, place: int) -> None:
+        while len(wanted):
+            try:
+                taken = os.preadv(descriptor, [wanted], place)
+            except OSError as exc:
+                raise CheckpointError(
+                    f"bytes from {place} on cannot be read: {exc.strerror}",
+                    where=str(self.path),
+                    fix="the storage may be failing: copy the file from elsewhere, or use another checkpoint",
+                ) from exc
+            if not taken:
+                self.check_size()
+                raise CheckpointError(f"ends at byte {place} while it is read", where=str(self.path))
+            wanted = wanted[taken:]
+            place += taken
+
+    def _open_again(self) -> int:
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as exc:
+            raise CheckpointError(f"vanished while it was read: {exc.strerror}", where=str(self.path)) from exc
+        info = os.fstat(descriptor)
+        if (info.st_dev, info.st_ino) != self._identity:
+            os.close(descriptor)
+            raise CheckpointError(
+                "was replaced by another file while it was read",
+                where=str(self.path),
+                fix="wait until whoever writes it is done",
+            )
+        return descriptor
+
+    def _release(self, start: int, stop: int) -> None:
         """Let go of the pages that lie whole in bytes [start, stop): they stay in the system's cache, not in ours."""
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         last = stop // mmap.PAGESIZE * mmap.PAGESIZE
@@ -127,6 +198,7 @@ class Region:
     label: str = ""
     seal: tuple[bytes, str] | None = None
     _checked: bool = False
+    _seen: dict[int, tuple[int, int]] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
 
     def view(self, start: int, stop: int) -> memoryview:
@@ -138,20 +210,20 @@ class Region:
             )
         return self.file.view(self.offset + start, self.offset + stop)
 
-    def expect(self, start: int, stop: int) -> None:
-        """Bytes [start, stop) will be read from beginning to end; little is not worth a call."""
-        if stop - start >= _AHEAD:
-            self.file.expect(self.offset + start, self.offset + stop)
+    def stream(self, start: int, stop: int, step: int = CHUNK_BYTES) -> Iterator[memoryview]:
+        """Bytes [start, stop) of the stretch from beginning to end, as `MappedFile.stream` gives them."""
+        self.view(start, stop).release()
+        return self.file.stream(self.offset + start, self.offset + stop, step)
 
-    def release(self, start: int, stop: int, *, last: bool) -> int:
-        """Let go of the pages of bytes [start, stop) if they are worth a call; returns what is still to be let go.
+    def soon(self, start: int, stop: int) -> None:
+        """Bytes [start, stop) of the stretch will be looked at."""
+        self.file.soon(self.offset + start, self.offset + stop)
 
-        last: nothing follows, so little is worth it too
-        """
-        if stop - start >= _RELEASED or (last and stop - start >= _RELEASED_LAST):
-            self.file.release(self.offset + start, self.offset + stop)
-            return stop
-        return start
+    def saw(self, start: int, stop: int, crc: int) -> None:
+        """Bytes [start, stop) went by and have this CRC-32: `check` need not read them again."""
+        if stop > start:
+            with self._lock:
+                self._seen[start] = stop, crc
 
     def check(self) -> None:
         """Compare the stretch with its checksum, once. Raises CheckpointError naming it."""
@@ -160,26 +232,28 @@ class Region:
                 return
             self.file.check_size()
             if self.crc is not None:
-                found = 0
-                for piece in self._pieces():
-                    found = crc32(piece, found)
+                found = self._crc()
                 if found != self.crc:
                     raise self._altered(f"CRC-32 {found:08x} instead of {self.crc:08x}")
             if self.seal is not None:
                 hasher = blake3(self.seal[0])
-                for piece in self._pieces():
+                for piece in self.stream(0, self.nbytes):
                     hasher.update(piece)
                 if hasher.hexdigest() != self.seal[1]:
                     raise self._altered(f"digest {hasher.hexdigest()[:16]} instead of {self.seal[1][:16]}")
             self._checked = True
 
-    def _pieces(self) -> Iterator[memoryview]:
-        released = 0
-        self.expect(0, self.nbytes)
-        for start in range(0, self.nbytes, CHUNK_BYTES):
-            stop = min(start + CHUNK_BYTES, self.nbytes)
-            yield self.view(start, stop)
-            released = self.release(released, stop, last=stop == self.nbytes)
+    def _crc(self) -> int:
+        """CRC-32 of the whole, reading only what did not go by."""
+        found = position = 0
+        for start, (stop, crc) in (*sorted(self._seen.items()), (self.nbytes, (self.nbytes, 0))):
+            if start < position:
+                continue  # an overlap: what it has beyond is read below
+            for piece in self.stream(position, start):
+                found = crc32(piece, found)
+            found = combined(found, crc, stop - start)
+            position = stop
+        return found
 
     def _altered(self, how: str) -> CheckpointError:
         return CheckpointError(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from thawline.ckpt.formats.casting import cast
+from thawline.ckpt.formats.checksum import crc32
 from thawline.ckpt.formats.mapped import CHUNK_BYTES, MappedFile, Region
 from thawline.errors import CheckpointError
 
@@ -25,7 +26,6 @@ ITEM_BYTES: Final[Mapping[str, int]] = {
 }  # fmt: skip
 """Bytes per element by the element type's name in the safetensors spelling."""
 
-_STREAMED: Final = 64 << 10  # who asks for smaller chunks looks at a few elements and leaves
 _GATHER: Final = 1 << 15  # elements gathered at a time from a non-contiguous view: its index table stays in the cache
 _MAX_ELEMENTS: Final = 1 << 60  # products of shapes stay inside 64 bits
 
@@ -168,30 +168,25 @@ def regions(tensor: Planned) -> Iterator[Region]:
                 yield from regions(source)
 
 
-def chunks(tensor: Planned, chunk_bytes: int = CHUNK_BYTES) -> Iterator[memoryview]:
+def chunks(tensor: Planned, chunk_bytes: int = CHUNK_BYTES, *, note: bool = False) -> Iterator[memoryview]:
     """The tensor's bytes in row-major order, at most `chunk_bytes` (at least one element) at a time.
 
     A view given out is valid until the next one is asked for. Checksums are the caller's concern (`Region.check`).
+
+    note: tell the regions the checksums of what goes by, so that a check afterwards need not read it again
     """
     if tensor.stored in ("", tensor.info.dtype):
-        yield from _stored_chunks(tensor.parts, ITEM_BYTES[tensor.info.dtype], chunk_bytes)
+        yield from _stored_chunks(tensor.parts, ITEM_BYTES[tensor.info.dtype], chunk_bytes, note)
         return
-    for chunk in _stored_chunks(tensor.parts, ITEM_BYTES[tensor.stored], chunk_bytes):
+    for chunk in _stored_chunks(tensor.parts, ITEM_BYTES[tensor.stored], chunk_bytes, note):
         yield cast(chunk, tensor.stored, tensor.info.dtype)
 
 
-def _stored_chunks(parts: Sequence[Part], item: int, chunk_bytes: int) -> Iterator[memoryview]:
+def _stored_chunks(parts: Sequence[Part], item: int, chunk_bytes: int, note: bool) -> Iterator[memoryview]:
     step = max(chunk_bytes // item, 1)
     for part in parts:
         if isinstance(part, Linear):
-            released = part.offset
-            if chunk_bytes >= _STREAMED:
-                part.region.expect(part.offset, part.offset + part.count * item)
-            for start in range(0, part.count, step):
-                stop = min(start + step, part.count)
-                begin, end = part.offset + start * item, part.offset + stop * item
-                yield part.region.view(begin, end)
-                released = part.region.release(released, end, last=stop == part.count)
+            yield from _linear(part, item, step, note)
         elif isinstance(part, Zeros):
             zeros = memoryview(bytes(min(step, part.count) * item))
             for start in range(0, part.count, step):
@@ -202,6 +197,18 @@ def _stored_chunks(parts: Sequence[Part], item: int, chunk_bytes: int) -> Iterat
             yield from part.make(chunk_bytes)
         else:
             yield from _assembled(part, item, step)
+
+
+def _linear(part: Linear, item: int, step: int, note: bool) -> Iterator[memoryview]:
+    region, stop = part.region, part.offset + part.count * item
+    noted = note and region.crc is not None
+    crc = 0
+    for view in region.stream(part.offset, stop, step * item):
+        if noted:
+            crc = crc32(view, crc)
+        yield view
+    if noted:
+        region.saw(part.offset, stop, crc)
 
 
 def read(tensor: Planned) -> memoryview:

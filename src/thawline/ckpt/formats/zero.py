@@ -17,7 +17,6 @@ after another, hold those pieces. Shards that do not belong together (counts, st
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -443,16 +442,21 @@ def _check_slices(
 
 
 _PROBE: Final = 256
-_PROBES: Final = 16
 
 
 def _check_module(shards: Shards, module: Mapping[str, Planned], masters: Mapping[str, Planned]) -> None:
     """The module holds the roundings of the masters: the first elements of each tensor show shards of another run."""
-
-    def check(name: str) -> None:
-        master, twin = masters[name], module.get(name)
-        if twin is None or twin.info.dtype not in ("F32", "BF16", "F16") or master.info.dtype != "F32":
-            return
+    pairs = {
+        name: (master, module[name])
+        for name, master in masters.items()
+        if name in module and module[name].info.dtype in ("F32", "BF16", "F16") and master.info.dtype == "F32"
+    }
+    for tensor in (tensor for pair in pairs.values() for tensor in pair):
+        first = tensor.parts[0] if tensor.parts else None
+        if isinstance(first, Linear):
+            begin = first.offset
+            first.region.soon(begin, begin + min(first.count, _PROBE) * ITEM_BYTES[tensor.stored or tensor.info.dtype])
+    for name, (master, twin) in pairs.items():
         if twin.info.shape != master.info.shape:
             raise shards.bad(
                 f"parameter {name!r} has shape {twin.info.shape} in the module, {master.info.shape} in the shards"
@@ -464,10 +468,6 @@ def _check_module(shards: Shards, module: Mapping[str, Planned], masters: Mappin
                 f"the master weights of {name!r} do not round to the module's values: model states and optimizer "
                 "shards come from different runs or steps"
             )
-
-    # Each looks at two far places of cold files: side by side they wait for the disk together.
-    with ThreadPoolExecutor(_PROBES) as pool:
-        list(pool.map(check, masters))
 
 
 def _rounded(tensor: Planned, dtype: str, limit: int | None = None) -> object:

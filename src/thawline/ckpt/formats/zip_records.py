@@ -48,6 +48,9 @@ class _Archive:
 
     def _find_end(self) -> int:
         """Offset of the end record, whose comment must reach exactly to the end of the archive."""
+        last = len(self._data) - _END.size
+        if last >= 0 and bytes(self._data[last : last + 4]) == b"PK\x05\x06" and bytes(self._data[-2:]) == b"\0\0":
+            return last  # torch writes no comment
         tail = bytes(self._data[-(_END.size + _MAX_COMMENT) :])
         at = tail.rfind(b"PK\x05\x06")
         while at >= 0:
@@ -80,8 +83,12 @@ class _Archive:
         found: dict[str, Region] = {}
         spans: list[tuple[int, int, str]] = []
         at = directory
+        entries = []
         for _ in range(count):
-            name, header, region, at = self._record(at, directory, directory + size)
+            name, header, plain, crc, at = self._entry(at, directory, directory + size)
+            entries.append((name, header, plain, crc))
+        for name, header, plain, crc in entries:
+            region = self._region(name, header, plain, crc, directory)
             if name in found:
                 raise self._bad(f"has two records named {name!r}", "do not trust this file")
             found[name] = region
@@ -92,8 +99,8 @@ class _Archive:
                 raise self._bad(f"has overlapping records {name!r} and {other!r}", "do not trust this file")
         return found
 
-    def _record(self, at: int, directory: int, stop: int) -> tuple[str, int, Region, int]:
-        """One entry of the directory: its name, its local header's offset, its data, where the next entry begins."""
+    def _entry(self, at: int, directory: int, stop: int) -> tuple[str, int, int, int, int]:
+        """One entry of the directory: name, place of the local header, bytes, CRC-32, and where the next one begins."""
         fields = _CENTRAL.unpack_from(self._data, at)
         signature, flags, method, crc = fields[0], fields[3], fields[4], fields[7]
         packed, plain, name_len, extra_len, comment_len = fields[8], fields[9], fields[10], fields[11], fields[12]
@@ -113,14 +120,18 @@ class _Archive:
             )
         if header + _LOCAL.size > directory:
             raise self._bad(f"states a place outside itself for record {name!r}")
+        self._file.soon(self._start + header, self._start + header + _LOCAL.size + name_len)
+        return name, header, plain, crc, after
+
+    def _region(self, name: str, header: int, plain: int, crc: int, directory: int) -> Region:
+        """The data of a record, which its local header states once more."""
         local = _LOCAL.unpack_from(self._data, header)
         begin = header + _LOCAL.size + local[9] + local[10]
         if local[0] != b"PK\x03\x04" or begin + plain > directory:
             raise self._bad(f"states a place for record {name!r} where it is not")
         if bytes(self._data[header + _LOCAL.size : header + _LOCAL.size + local[9]]) != name.encode():
             raise self._bad(f"has a record that calls itself other than {name!r}", "do not trust this file")
-        label = f"record {name!r}"
-        return name, header, Region(self._file, self._start + begin, plain, crc, label), after
+        return Region(self._file, self._start + begin, plain, crc, f"record {name!r}")
 
     def _wide(self, extra: bytes, plain: int, packed: int, header: int) -> tuple[int, int, int]:
         """Replace the fields that are all ones by their 64-bit values from the zip64 extra field."""

@@ -17,7 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thawline.ckpt.formats.unpickle import Inert, Name, TensorRef, unpickle
+from thawline.ckpt.formats.pickle_names import Inert, Name, TensorRef
+from thawline.ckpt.formats.unpickle import unpickle
 from thawline.ckpt.source import open_source
 from thawline.errors import CheckpointError
 

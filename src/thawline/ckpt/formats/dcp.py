@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from thawline.ckpt.formats.mapped import MappedFile, inside
+from thawline.ckpt.formats.pickle_names import TORCH_DTYPES, Inert, Name, TensorRef
 from thawline.ckpt.formats.pieces import Boxes, Linear, Part, Plan, Planned, TensorInfo, elements
 from thawline.ckpt.formats.torch_archive import open_archive
-from thawline.ckpt.formats.unpickle import TORCH_DTYPES, Inert, Name, TensorRef, unpickle
+from thawline.ckpt.formats.unpickle import unpickle
 from thawline.errors import CheckpointError
 
 _WEIGHT_KEYS: Final = ("model", "state_dict", "module", "model_state_dict", "net")

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from thawline.ckpt.formats.mapped import MappedFile, Region
+from thawline.ckpt.formats.pickle_names import StorageRef, TensorRef
 from thawline.ckpt.formats.pieces import ITEM_BYTES, Linear, Part, Planned, Strided, TensorInfo, elements, is_row_major
-from thawline.ckpt.formats.unpickle import StorageRef, TensorRef, unpickle
+from thawline.ckpt.formats.unpickle import unpickle
 from thawline.ckpt.formats.zip_records import read_records
 from thawline.errors import CheckpointError
 

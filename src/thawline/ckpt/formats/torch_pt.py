@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from thawline.ckpt.formats.pickle_names import TensorRef
 from thawline.ckpt.formats.pieces import Plan
 from thawline.ckpt.formats.torch_archive import is_torch_file, open_archive
-from thawline.ckpt.formats.unpickle import TensorRef
 from thawline.errors import CheckpointError
 
 _WEIGHTS: Final = ("state_dict", "model_state_dict", "model", "module", "weights", "params")

@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from thawline.ckpt.formats.pickle_names import Inert, TensorRef
 from thawline.ckpt.formats.pieces import ITEM_BYTES, Linear, Part, Plan, Planned, TensorInfo, chunks, elements, regions
-from thawline.ckpt.formats.unpickle import Inert, TensorRef
 from thawline.ckpt.formats.zero_shards import Shards, choose, is_tag, sidecars, tags_of
 from thawline.errors import CheckpointError
 

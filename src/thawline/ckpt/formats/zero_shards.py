@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from thawline.ckpt.formats.mapped import inside
+from thawline.ckpt.formats.pickle_names import Inert
 from thawline.ckpt.formats.torch_archive import TorchArchive, open_archive
-from thawline.ckpt.formats.unpickle import Inert
 from thawline.errors import CheckpointError
 
 _MAX_RANKS: Final = 1 << 20

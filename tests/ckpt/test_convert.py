@@ -20,12 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.ckpt import foreign
 
-from thawline.ckpt import convert as module
 from thawline.ckpt import store, targets
-from thawline.ckpt.convert import convert, read_rename_table
+from thawline.ckpt.convert import convert
 from thawline.ckpt.delta import BaseRef, apply, delta_of, read_delta, write_delta
 from thawline.ckpt.formats import whisper_names
 from thawline.ckpt.formats.casting import cast
+from thawline.ckpt.rename import Rename, read_rename_table
 from thawline.ckpt.source import open_source
 from thawline.core.digest import digest_bytes, digest_tensor, fingerprint
 from thawline.errors import BaseMismatch, CheckpointError, RecipeError
@@ -312,7 +312,7 @@ def test_names_are_changed_by_a_mapping_with_prefixes_or_by_patterns(tmp_path: P
         ({"net.up.weight": "\ud800"}, "'net.up.weight' the name"),
     ],
 )
-def test_a_table_of_names_that_cannot_be_meant_is_refused(rename: module.Rename, message: str, tmp_path: Path) -> None:
+def test_a_table_of_names_that_cannot_be_meant_is_refused(rename: Rename, message: str, tmp_path: Path) -> None:
     foreign.lightning(tmp_path / "x.ckpt")
     with pytest.raises(RecipeError, match=message):
         convert(tmp_path / "x.ckpt", tmp_path / "y.pt", to="torch", rename=rename)

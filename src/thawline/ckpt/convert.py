@@ -7,12 +7,10 @@ The source is only read. Torch is not imported.
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -24,6 +22,7 @@ from thawline.ckpt.formats import whisper_names
 from thawline.ckpt.formats.casting import FLOATING
 from thawline.ckpt.formats.pieces import Planned, chunks
 from thawline.ckpt.remote import is_url, local_path
+from thawline.ckpt.rename import Rename, renamed
 from thawline.ckpt.source import Source, open_source
 from thawline.ckpt.transfer import fetched, sent
 from thawline.core.digest import fingerprint
@@ -37,8 +36,6 @@ DTYPES: Final[Mapping[str, str]] = {
     "f32": "F32", "fp16": "F16", "float16": "F16", "half": "F16", "f16": "F16", "bf16": "BF16", "bfloat16": "BF16",
 }  # fmt: skip
 """What `dtype` may be called."""
-
-Rename = Mapping[str, str] | Sequence[tuple[str, str]]
 
 _DEFAULT_MEMORY: Final = 48 << 20
 _SHARD_BYTES: Final = 5_000_000_000
@@ -144,7 +141,7 @@ def convert(
             checkpoint's half-precision tensors become fp32, which is exact
     base:   what the source leaves out is taken from here; for "delta" what to subtract
     only:   "weights" as trained, or "ema"; None: what the checkpoint is for (of a finished run its result)
-    rename: name -> new name, where a name ending in "." is a prefix; or (regular expression, replacement) pairs
+    rename: a table of names (`thawline.ckpt.rename`)
     force:  replace an existing DST
     max_memory: bytes for buffers, by default 48 MB, whatever the size of the checkpoint
     tag:    which checkpoint of a folder that has several
@@ -229,37 +226,11 @@ def write(
     )
 
 
-def read_rename_table(path: Path) -> Rename:
-    """A table of names from a JSON or YAML file: a mapping, or a list of [regular expression, replacement].
-
-    Raises RecipeError naming the file if it is neither.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise RecipeError(f"cannot be read: {exc}", where=str(path), fix="give a JSON or YAML file") from exc
-    try:
-        value = json.loads(text)
-    except ValueError:
-        from thawline.core.config import parse_yaml
-
-        value = parse_yaml(text, str(path)).data
-    if isinstance(value, dict) and all(isinstance(item, str) for pair in value.items() for item in pair):
-        return {str(old): str(new) for old, new in value.items()}
-    if isinstance(value, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(isinstance(item, str) for item in pair) for pair in value
-    ):
-        return [(str(pattern), str(replacement)) for pattern, replacement in value]
-    raise RecipeError(
-        "is neither a mapping of names nor a list of [pattern, replacement]", where=str(path), fix="see --rename"
-    )
-
-
 # --- what to write ---
 
 
 def _prepare(source: Source, to: str, dtype: str | None, rename: Rename | None) -> Work:
-    tensors = _renamed(dict(source.plan.tensors), rename, source)
+    tensors = renamed(dict(source.plan.tensors), rename, str(source.path))
     spelling = whisper_names.spelling(tensors)
     target = {"whisper": "openai", "hf": "huggingface", "wenet": "wenet"}.get(to)
     dropped: tuple[str, ...] = ()
@@ -293,72 +264,6 @@ def _prepare(source: Source, to: str, dtype: str | None, rename: Rename | None) 
         if not companions:
             notes.append("no train.yaml lies beside the source; WeNet needs one to load the weights")
     return Work(source, jobs, dropped, tuple(notes), companions)
-
-
-def _renamed(tensors: dict[str, Planned], rename: Rename | None, source: Source) -> dict[str, Planned]:
-    if not rename:
-        return tensors
-    change = _renamer(rename)
-    names = {name: change(name) for name in tensors}
-    unfit = [old for old, new in names.items() if not new or "\0" in new or not _is_text(new)]
-    if unfit:
-        raise RecipeError(
-            f"the table gives {unfit[0]!r} the name {names[unfit[0]]!r}",
-            where=str(source.path),
-            fix="correct the table",
-        )
-    clashes = [name for name, count in Counter(names.values()).items() if count > 1]
-    if clashes:
-        raise RecipeError(
-            f"the table gives {Counter(names.values())[clashes[0]]} tensors the name {clashes[0]!r}",
-            where=str(source.path),
-            fix="make the table one to one",
-        )
-    if all(old == new for old, new in names.items()):
-        raise RecipeError(
-            f"the table of names changes none; the first names are {', '.join(list(names)[:3])}",
-            where=str(source.path),
-            fix="correct its left sides",
-        )
-    return {
-        names[name]: tensor.renamed(names[name], tied_to=names.get(tensor.info.tied_to or "", tensor.info.tied_to))
-        for name, tensor in tensors.items()
-    }
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _renamer(rename: Rename) -> Callable[[str], str]:
-    if isinstance(rename, Mapping):
-        exact = dict(rename)
-        prefixes = [old for old in exact if old.endswith(".")]
-
-        def by_name(name: str) -> str:
-            if name in exact:
-                return exact[name]
-            prefix = next((old for old in prefixes if name.startswith(old)), None)
-            return name if prefix is None else exact[prefix] + name[len(prefix) :]
-
-        return by_name
-    try:
-        pairs = [(re.compile(pattern), replacement) for pattern, replacement in rename]
-        for pattern, replacement in pairs:
-            pattern.sub(replacement, "")  # reads the replacement, whether it matches or not
-    except (re.error, IndexError) as exc:
-        raise RecipeError(f"a row is no regular expression and replacement: {exc}", fix="correct the table") from exc
-
-    def by_pattern(name: str) -> str:
-        for pattern, replacement in pairs:
-            name = pattern.sub(replacement, name)
-        return name
-
-    return by_pattern
 
 
 def _droppable(tensors: dict[str, Planned], spelling: str, target: str, source: Source) -> tuple[str, ...]:

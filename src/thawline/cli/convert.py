@@ -42,7 +42,7 @@ def convert(
     Both may be URLs (s3://bucket/...), with the extra `remote`.
     """
     from thawline.ckpt.convert import convert as run
-    from thawline.ckpt.convert import read_rename_table
+    from thawline.ckpt.rename import read_rename_table
 
     report = run(
         source,

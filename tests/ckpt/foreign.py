@@ -97,9 +97,23 @@ def model(seed: int = 0) -> tuple[Tensors, Tensors, Tensors, dict[str, str]]:
 
 
 def zero(
-    folder: Path, *, stage: int, world: int = 2, seed: int = 0, step: float = 3.0, exclude: bool = False
+    folder: Path,
+    *,
+    stage: int,
+    world: int = 2,
+    seed: int = 0,
+    step: float = 3.0,
+    exclude: bool = False,
+    refrozen: str = "",
+    round_robin: bool = False,
+    unstated: bool = False,
 ) -> Tensors:
-    """A DeepSpeed checkpoint of a bf16 run; returns what it must give, in fp32."""
+    """A DeepSpeed checkpoint of a bf16 run; returns what it must give, in fp32.
+
+    refrozen:    beginning of the names that were frozen after they had trained: they are in both lists
+    round_robin: the ranks record the slices of another order than the flat tensors have (`round_robin_gradients`)
+    unstated:    the optimizer does not state its stage (BF16_Optimizer)
+    """  # fmt: skip
     trainable, frozen, buffers, ties = model(seed)
     if exclude:
         frozen = {}
@@ -113,10 +127,11 @@ def zero(
     module: Tensors = OrderedDict((n, t.bfloat16()) for n, t in trainable.items())
     module |= {alias: module[kept] for alias, kept in ties.items()}
     module |= frozen | buffers
+    fragments = frozen | {n: t.bfloat16() for n, t in trainable.items() if refrozen and n.startswith(refrozen)}
     states: dict[str, object] = {
         "buffer_names": list(buffers),
         "param_shapes": [OrderedDict((n, t.shape) for n, t in group.items()) for group in groups],
-        "frozen_param_shapes": OrderedDict((n, t.shape) for n, t in frozen.items()) if stage > 1 else None,
+        "frozen_param_shapes": OrderedDict((n, t.shape) for n, t in fragments.items()) if stage > 1 else None,
         "shared_params": dict(ties),
         "optimizer": None,
         "global_steps": 3,
@@ -127,9 +142,11 @@ def zero(
     }
     with deepspeed_names():
         if stage == 3:
-            _stage_3(tag, world, step, states, module, groups, frozen, buffers)
+            _stage_3(tag, world, step, states, module, groups, fragments, buffers)
         else:
-            _stages_0_to_2(tag, stage, world, step, states, module, groups, frozen)
+            orders = [list(group) for group in groups]
+            recorded = [order[::-1] if round_robin else order for order in orders]
+            _stages_0_to_2(tag, stage, world, step, states, module, groups, fragments, recorded, unstated)
     expected = {n: t.clone() for n, t in trainable.items()}
     expected |= {n: t.float() for n, t in frozen.items()} | buffers
     return expected | {alias: expected[kept] for alias, kept in ties.items()}
@@ -137,7 +154,7 @@ def zero(
 
 def _stages_0_to_2(
     tag: Path, stage: int, world: int, step: float, states: dict[str, object], module: Tensors,
-    groups: list[OrderedDict[str, Tensor]], frozen: Tensors,
+    groups: list[OrderedDict[str, Tensor]], frozen: Tensors, recorded: list[list[str]], unstated: bool,
 ) -> None:  # fmt: skip
     if stage == 0:
         masters = [list(group.values()) for group in groups]
@@ -146,7 +163,7 @@ def _stages_0_to_2(
     torch.save({"module": module, "frozen_param_fragments": fragments, **states}, tag / "mp_rank_00_model_states.pt")
     for rank in range(world if stage else 0):
         parts, paddings, mappings = [], [], []
-        for group in groups:
+        for group, order in zip(groups, recorded, strict=True):
             flat = torch.cat([t.reshape(-1) for t in group.values()])
             size = -(-flat.numel() // (2 * world)) * 2
             low, high = min(rank * size, flat.numel()), min((rank + 1) * size, flat.numel())
@@ -156,18 +173,19 @@ def _stages_0_to_2(
             parts.append(padded[: high - low])
             paddings.append(size - (high - low))
             mapping, position = OrderedDict(), 0
-            for name, tensor in group.items():
-                start, stop = max(position, low), min(position + tensor.numel(), high)
+            for name in order:
+                count = group[name].numel()
+                start, stop = max(position, low), min(position + count, high)
                 if start < stop:
                     mapping[name] = fragment_address(numel=stop - start, start=start - low)
-                position += tensor.numel()
+                position += count
             mappings.append(mapping)
         state = {i: {"step": torch.tensor(step), "exp_avg": torch.zeros_like(p)} for i, p in enumerate(parts)}
         optimizer = {
             "loss_scaler": LossScaler(),
             "base_optimizer_state": {"state": state, "param_groups": []},
             "single_partition_of_fp32_groups": parts,
-            "zero_stage": ZeroStageEnum(stage),
+            **({} if unstated else {"zero_stage": ZeroStageEnum(stage)}),
             "group_paddings": paddings,
             "partition_count": [world] * len(groups),
             "param_slice_mappings": mappings,

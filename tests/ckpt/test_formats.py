@@ -72,6 +72,50 @@ def test_masters_of_every_zero_stage_and_world_size_come_out_bit_for_bit(
     assert source.info("old.weight").origin == ("frozen fragment" if stage > 1 else "module")
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_was_frozen_after_it_had_trained_comes_from_its_master(stage: int, tmp_path: Path) -> None:
+    expected = foreign.zero(tmp_path / "run", stage=stage, refrozen="up.")
+    source = agree(tmp_path / "run", expected)
+    assert source.info("up.weight").origin == source.info("down.weight").origin == "master weights"
+    assert source.info("old.weight").origin == "frozen fragment"
+
+
+def test_an_optimizer_of_bf16_that_states_no_stage_is_cut_as_stage_1(tmp_path: Path) -> None:
+    expected = foreign.zero(tmp_path / "run", stage=1, world=3, unstated=True)
+    source = agree(tmp_path / "run", expected)
+    assert source.format == "deepspeed zero-1 (3 ranks)"
+    assert source.info("up.weight").dtype == "F32"
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_slices_recorded_in_another_order_than_the_data_are_settled_by_the_module(stage: int, tmp_path: Path) -> None:
+    # What DeepSpeed 0.19 writes with round_robin_gradients; its own accessors give pieces of other parameters then.
+    agree(tmp_path / "run", foreign.zero(tmp_path / "run", stage=stage, world=3, round_robin=True))
+
+
+def test_shapes_in_another_order_than_the_data_are_refused(tmp_path: Path) -> None:
+    foreign.zero(tmp_path / "run", stage=2)
+    path = tmp_path / "run/global_step3/mp_rank_00_model_states.pt"
+    states = torch.load(path, weights_only=False)
+    first = states["param_shapes"][0]
+    states["param_shapes"][0] = type(first)((name, first[name]) for name in reversed(first))
+    torch.save(states, path)
+    with pytest.raises(
+        CheckpointError, match=r"another cut of group 0 .* 'down.weight' does not round to the module's"
+    ):
+        open_source(tmp_path / "run")
+
+
+def test_a_dispute_is_settled_by_all_elements_and_not_by_the_first(tmp_path: Path) -> None:
+    foreign.zero(tmp_path / "run", stage=2, round_robin=True)
+    path = tmp_path / "run/global_step3/mp_rank_00_model_states.pt"
+    states = torch.load(path, weights_only=False)
+    states["module"]["up.weight"][-1, -1] += 1
+    torch.save(states, path)
+    with pytest.raises(CheckpointError, match=r"'up.weight' does not round to the module's"):
+        open_source(tmp_path / "run")
+
+
 def test_a_universal_checkpoint_gives_masters_frozen_ones_and_buffers(tmp_path: Path) -> None:
     source = agree(tmp_path / "run", foreign.universal(tmp_path / "run"))
     assert source.format == "deepspeed universal"
@@ -292,6 +336,21 @@ def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
         path.rename(blobs / path.name)
         path.symlink_to(Path("../../blobs") / path.name)
     agree(snapshot, expected)
+
+
+def test_pieces_whose_number_nobody_states_are_refused_alone_and_together(tmp_path: Path) -> None:
+    # As torch.distributed.checkpoint's HuggingFaceStorageWriter(save_distributed=True) names and marks them.
+    for rank in (0, 1):
+        info = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [2 * rank, 0]}}), "DCP_VERSION": "1.0"}
+        path = tmp_path / f"shard-{rank + 1:05}-model-00001-of-00001.safetensors"
+        save_file({"w": torch.ones(2, 3)}, path, metadata=info)
+    for place in (tmp_path, path):
+        with pytest.raises(CheckpointError, match=r"holds pieces of tensors .* a missing one would not show") as caught:
+            open_source(place)
+        assert "enable_consolidation" in caught.value.fix
+    whole = {"DCP_SHARDING_INFO": json.dumps({"w": {"saved_offsets": [0, 0]}})}
+    save_file({"w": torch.ones(2, 3)}, tmp_path / "model-00001-of-00001.safetensors", metadata=whole)
+    agree(tmp_path / "model-00001-of-00001.safetensors", {"w": torch.ones(2, 3)})
 
 
 # --- single files ---

@@ -55,7 +55,7 @@ SIDECARS: Final = (
 
 def looks_like(path: Path) -> bool:
     """Whether a folder is laid out this way."""
-    return path.is_dir() and any((path / name).is_file() for name in (*_WHOLE, *_INDEXES))
+    return path.is_dir() and (any((path / name).is_file() for name in (*_WHOLE, *_INDEXES)) or bool(_pieces(path)))
 
 
 def plan(path: Path) -> Plan:
@@ -69,10 +69,15 @@ def plan(path: Path) -> Plan:
     notes: list[str] = []
     if index is not None:
         tensors, files = _sharded(path, index, notes)
-    else:
-        assert whole is not None
+    elif whole is not None:
         tensors, file = _file(inside(path, whole))
         files = [file]
+    else:
+        pieces = _pieces(path)
+        _file(inside(path, pieces[0]))  # says why it cannot be used, if it is what it is called
+        raise CheckpointError(
+            f"has {len(pieces)} shards and no index of them", where=str(path), fix=f"bring {_INDEXES[0]} back"
+        )
     config = _config(path)
     if config is not None:
         tensors = _with_tied(tensors, config, notes)
@@ -80,6 +85,10 @@ def plan(path: Path) -> Plan:
     how = f"{kind}, {len(files)} files" if index is not None else kind
     sidecars = {name: inside(path, name) for name in SIDECARS if (path / name).is_file()}
     return Plan(format=how, tensors=tensors, files=tuple(files), notes=tuple(notes), sidecars=sidecars, config=config)
+
+
+def _pieces(path: Path) -> list[str]:
+    return sorted(entry.name for entry in path.glob("shard-*-model-*-of-*.safetensors"))
 
 
 def tied_name(config: Mapping[str, object]) -> tuple[str, str] | None:

@@ -7,6 +7,7 @@ cover the rest of the file without gaps and without overlap, and sizes fit shape
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,10 @@ from thawline.errors import CheckpointError
 MAX_HEADER: Final = 100_000_000
 DIGESTS: Final = "thawline.digests"
 """Metadata entry of the safetensors files that `convert` writes: name -> digest, as JSON."""
+
+
+_OFFSETS: Final = "DCP_SHARDING_INFO"  # torch/distributed/checkpoint/_hf_utils.py
+_PIECES = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 
 
 def read_header(file: MappedFile, origin: str = "") -> tuple[dict[str, Planned], dict[str, str]]:
@@ -63,12 +68,30 @@ def read_header(file: MappedFile, origin: str = "") -> tuple[dict[str, Planned],
     if position != data.nbytes:
         raise damaged(f"lists {position} bytes of data; the file has {data.nbytes}")
     ordered = {name: planned[name] for _, _, name in sorted(spans)}
+    if _holds_pieces(file.path.name, metadata.get(_OFFSETS, "")):
+        raise CheckpointError(
+            "holds pieces of tensors (HuggingFaceStorageWriter with save_distributed); no file says how many there "
+            "are, so a missing one would not show",
+            where=where,
+            fix="consolidate them with the tool that wrote them (enable_consolidation=True), or save with "
+            "torch.distributed.checkpoint's own writer",
+        )
     if DIGESTS not in metadata:
         return ordered, metadata
     try:
         return sealed(ordered, json.loads(metadata[DIGESTS]), where=where), metadata
     except (ValueError, RecursionError) as exc:
         raise damaged(f"its record of digests is damaged: {exc}") from exc
+
+
+def _holds_pieces(name: str, offsets: str) -> bool:
+    """Whether a file that torch.distributed.checkpoint wrote holds parts of tensors: one of several by its name, or
+    by where its tensors begin in the whole. Its writer of whole tensors notes offsets too, all of them zero."""
+    try:
+        places = json.loads(offsets).values() if offsets else ()
+        return any(_PIECES.fullmatch(name) or any(place["saved_offsets"]) for place in places)
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return True  # whatever it says, it does not say that the tensors are whole
 
 
 def sealed(tensors: Mapping[str, Planned], digests: Any, *, where: str) -> dict[str, Planned]:

@@ -89,6 +89,8 @@ def moments(path: Path) -> tuple[dict[str, Planned], int]:
             "holds no moments cut as its master weights are", fix="ZeRO 1, 2 or 3 with its *_optim_states.pt has them"
         )
     cut = _cut_pieces if shards.stage == 3 else _cut_groups
+    if shards.stage != 3:
+        _check_cut(shards, _module(shards), _cut_groups(shards, _flat_masters(shards)))
     entries = [shards.entries(rank) for rank in range(shards.world)]
     found: dict[str, Planned] = {}
     for key in ("exp_avg", "exp_avg_sq"):
@@ -154,7 +156,7 @@ def _stage_1_or_2(shards: Shards) -> _Result:
     not_held: dict[str, str] = {}
     frozen = _frozen_whole(shards, not_held)
     found = _complete(shards, tensors, masters, frozen)
-    _check_module(shards, tensors, masters)
+    _check_cut(shards, tensors, masters)
     return found, not_held
 
 
@@ -191,7 +193,6 @@ def _cut_groups(shards: Shards, per_rank: _PerRank) -> dict[str, Planned]:
                 f"group {group} has {runs.total} master elements, its parameters need {position}: the shards are not "
                 "from this run"
             )
-        _check_slices(shards, group, shapes, per_rank)
     return found
 
 
@@ -386,7 +387,7 @@ def _complete(
     for name, tensor in module.items():
         if tensor.info.tied_to is not None and tensor.info.elements:
             aliases.setdefault(name, tensor.info.tied_to)
-    first = masters | frozen
+    first = frozen | masters  # what was frozen after it had trained is in both; its master has all digits
     found: dict[str, Planned] = {}
     for name in [*module, *(n for n in (*first, *aliases) if n not in module)]:
         if name in first:
@@ -407,50 +408,27 @@ def _complete(
     return found
 
 
-def _check_slices(
-    shards: Shards, group: int, shapes: Mapping[str, tuple[int, ...]], per_rank: Sequence[Sequence[Planned]]
-) -> None:
-    """Compare the cut with what every rank recorded about it (`param_slice_mappings`), where it did."""
-    paddings = shards.optimizer(0).get("param_alignment_paddings")
-    if isinstance(paddings, list) and any(any(group) for group in paddings if isinstance(group, list)):
-        return  # the recorded starts then follow another rule
-    size = per_rank[0][group].info.elements
-    for rank in range(shards.world):
-        mappings = shards.optimizer(rank).get("param_slice_mappings")
-        if not isinstance(mappings, list) or group >= len(mappings) or not isinstance(mappings[group], dict):
-            continue
-        expected = {}
-        position = 0
-        low, high = rank * size, (rank + 1) * size
-        for name, shape in shapes.items():
-            count = elements(shape, where=str(shards.folder))
-            start, stop = max(position, low), min(position + count, high)
-            if start < stop:
-                expected[name] = (start - low, stop - start)
-            position += count
-        stated = {
-            name: (address.get("start"), address.get("numel"))
-            for name, address in mappings[group].items()
-            if isinstance(address, Inert)
-        }
-        if stated != expected:
-            wrong = sorted(name for name in stated.keys() | expected.keys() if stated.get(name) != expected.get(name))
-            raise shards.bad(
-                f"records another cut of group {group} than the parameter shapes give, first at {wrong[0]!r}",
-                shards.optim[rank].file.path,
-            )
-
-
 _PROBE: Final = 256
 
 
-def _check_module(shards: Shards, module: Mapping[str, Planned], masters: Mapping[str, Planned]) -> None:
-    """The module holds the roundings of the masters: the first elements of each tensor show shards of another run."""
+def _check_cut(shards: Shards, module: Mapping[str, Planned], masters: Mapping[str, Planned]) -> None:
+    """Stages 1 and 2: the module holds the roundings of the masters.
+
+    The first elements of each tensor show shards of another run. Where a rank records another cut
+    (`param_slice_mappings`) than the parameter shapes give, all elements are compared: with `round_robin_gradients`
+    DeepSpeed 0.19 flattens in the order of the shapes and records the order before, so that its own
+    `safe_get_full_fp32_param` returns pieces of other parameters.
+    """
+    disputed = _disputed(shards)
+    limit = None if disputed else _PROBE
     pairs = {
         name: (master, module[name])
         for name, master in masters.items()
         if name in module and module[name].info.dtype in ("F32", "BF16", "F16") and master.info.dtype == "F32"
     }
+    unproven = next((name for name in masters if name not in pairs), None)
+    if disputed and unproven is not None:
+        raise shards.bad(f"{disputed}, and the module does not show which is right for {unproven!r}")
     for tensor in (tensor for pair in pairs.values() for tensor in pair):
         first = tensor.parts[0] if tensor.parts else None
         if isinstance(first, Linear):
@@ -461,13 +439,52 @@ def _check_module(shards: Shards, module: Mapping[str, Planned], masters: Mappin
             raise shards.bad(
                 f"parameter {name!r} has shape {twin.info.shape} in the module, {master.info.shape} in the shards"
             )
-        if _rounded(master, twin.info.dtype, _PROBE) != _rounded(twin, twin.info.dtype, _PROBE):
+        if _rounded(master, twin.info.dtype, limit) != _rounded(twin, twin.info.dtype, limit):
             for region in (*regions(master), *regions(twin)):
                 region.check()  # a flipped byte is the likelier cause, and names the record
             raise shards.bad(
-                f"the master weights of {name!r} do not round to the module's values: model states and optimizer "
+                f"{disputed}, and by the shapes {name!r} does not round to the module's values"
+                if disputed
+                else f"the master weights of {name!r} do not round to the module's values: model states and optimizer "
                 "shards come from different runs or steps"
             )
+
+
+def _disputed(shards: Shards) -> str:
+    """Where the cut that a rank recorded (`param_slice_mappings`) differs from the parameter shapes'; "" if nowhere."""
+    paddings = shards.optimizer(0).get("param_alignment_paddings")
+    if isinstance(paddings, list) and any(any(group) for group in paddings if isinstance(group, list)):
+        return ""  # the recorded starts then follow another rule
+    sizes = [flat.info.elements for flat in _flat_masters(shards)[0]]  # the last rank's may be shorter
+    for rank in range(shards.world):
+        mappings = shards.optimizer(rank).get("param_slice_mappings")
+        for group, shapes in enumerate(_shape_groups(shards)):
+            if not isinstance(mappings, list) or group >= len(mappings) or not isinstance(mappings[group], dict):
+                continue
+            expected = _slices(shards, shapes, rank, sizes[group])
+            stated = {
+                name: (address.get("start"), address.get("numel"))
+                for name, address in mappings[group].items()
+                if isinstance(address, Inert)
+            }
+            wrong = sorted(name for name in stated.keys() | expected.keys() if stated.get(name) != expected.get(name))
+            if wrong:
+                return f"rank {rank} records another cut of group {group} than the parameter shapes, as of {wrong[0]!r}"
+    return ""
+
+
+def _slices(shards: Shards, shapes: Mapping[str, tuple[int, ...]], rank: int, size: int) -> dict[str, tuple[int, int]]:
+    """Which parameters lie in a rank's partition of `size` elements: name -> (first element there, how many)."""
+    found = {}
+    position = 0
+    low, high = rank * size, (rank + 1) * size
+    for name, shape in shapes.items():
+        count = elements(shape, where=str(shards.folder))
+        start, stop = max(position, low), min(position + count, high)
+        if start < stop:
+            found[name] = (start - low, stop - start)
+        position += count
+    return found
 
 
 def _rounded(tensor: Planned, dtype: str, limit: int | None = None) -> object:

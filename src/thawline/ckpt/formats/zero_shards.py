@@ -258,6 +258,8 @@ def _stage(model: TorchArchive, optims: Sequence[TorchArchive]) -> int:
         found = _enum(state.get("zero_stage")) if isinstance(state, dict) else None
         if type(found) is int and found in (1, 2, 3):
             return found
+        if found is None and isinstance(state, dict) and "single_partition_of_fp32_groups" in state:
+            return 1  # runtime/bf16_optimizer.py cuts as stage 1 does, and does not say so
         raise CheckpointError(f"states the ZeRO stage {found!r}", where=archive.where, fix="copy the file again")
     config = model.value.get("ds_config")
     zero = config.get("zero_optimization") if isinstance(config, dict) else None

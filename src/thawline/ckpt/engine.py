@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import Final
 
 from blake3 import blake3
@@ -28,7 +27,6 @@ from thawline.errors import CheckpointError
 # megabytes of contiguous memory, which in a virtual machine may take three times as long as the copy.
 _LARGEST_CHUNK: Final = 512 << 10
 _SMALLEST_CHUNK: Final = 64 << 10
-_FLUSHED: Final = 256 << 20  # written between two flushes: the device works while we compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +72,6 @@ class Engine:
         self.checksums: dict[str, int] = {}
         self.verified = False
         self._stamps = _stamps(work.source)
-        self._lock = Lock()
-        self._unflushed = 0
 
     def copy(self, file: store.Direct, places: Mapping[str, int], *, checksums: bool = False) -> None:
         """Write each named tensor at its place of a file; tensors at one place are written once.
@@ -118,7 +114,6 @@ class Engine:
                 crc = crc32(data, crc)
             file.write_at(data, place)
             place += len(data)
-            self._flush_some(file, len(data))
         if lost:
             for region in regions(job.tensor):
                 region.check()  # a flipped byte is the likelier cause
@@ -129,15 +124,6 @@ class Engine:
             )
         self.digests[job.info.name] = str(hasher.hexdigest())
         self.checksums[job.info.name] = crc
-
-    def _flush_some(self, file: store.Direct, written: int) -> None:
-        with self._lock:
-            self._unflushed += written
-            due = self._unflushed >= _FLUSHED
-            if due:
-                self._unflushed = 0
-        if due:
-            file.flush()
 
     def compare(self, have: Mapping[str, Planned], where: Path, file: store.Direct) -> None:
         """Read a finished target again, while it goes to the device. Raises CheckpointError if anything differs from

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 # One thread: the tests are many and small, run beside each other, and bits must not depend on the machine's cores.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+_CACHE = tempfile.TemporaryDirectory(prefix="thawline-test-cache-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

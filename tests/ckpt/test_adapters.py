@@ -90,13 +90,12 @@ def test_linear_layers_and_embeddings_come_out_as_from_peft_bit_for_bit(
     assert report.origins["body.norm.weight"] != "merged adapter"
 
 
-def test_convolutions_come_out_as_from_peft_to_the_rounding_of_one_product(tmp_path: Path) -> None:
+def test_convolutions_come_out_as_from_peft_bit_for_bit(tmp_path: Path) -> None:
     want = adapter(tmp_path, target_modules=["conv", "one"])
     convert(tmp_path / "lora", tmp_path / "m.safetensors", to="safetensors", base=tmp_path / "base.safetensors")
     have = load_file(tmp_path / "m.safetensors")
-    for name, tensor in want.items():
-        # Sums of four products of numbers around one, in another order: a few units in the last place.
-        torch.testing.assert_close(have[name], tensor, rtol=0, atol=4e-6)
+    assert have.keys() == want.keys()
+    assert all(torch.equal(have[name], tensor) for name, tensor in want.items())
 
 
 def test_a_base_saved_without_the_heads_prefix_is_known_by_its_endings(tmp_path: Path) -> None:
@@ -126,6 +125,7 @@ def test_another_base_is_refused_by_name(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"use_dora": True}, "a LoRA adapter with use_dora"),
+        ({"trainable_token_indices": [1, 2]}, "with trainable_token_indices"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa"),
         ({"peft_type": "IA3"}, "is a IA3 adapter"),
         ({"r": 5}, "have rank 4, adapter_config.json says r = 5"),
@@ -150,6 +150,33 @@ def test_an_embedding_that_peft_saves_beside_its_adapter_does_not_undo_it(tmp_pa
     convert(tmp_path / "lora", tmp_path / "m.safetensors", to="safetensors", base=tmp_path / "base.safetensors")
     have = load_file(tmp_path / "m.safetensors")
     assert all(torch.equal(have[name], tensor) for name, tensor in want.items())
+
+
+@pytest.mark.filterwarnings("ignore")  # peft's own: that tied layers are adapted, which is what is tested here
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=",".join)
+def test_of_tied_weights_only_the_names_that_trained_as_copies_change(saved: list[str], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=13, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net = transformers.LlamaForCausalLM(config)
+    net.save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(net, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape))
+    model.save_pretrained(tmp_path / "lora")
+    want = model.merge_and_unload().state_dict()
+    convert(tmp_path / "lora", tmp_path / "m.safetensors", to="safetensors", base=tmp_path / "base")
+    have = load_file(tmp_path / "m.safetensors")
+    assert have.keys() == want.keys()
+    for name, tensor in want.items():
+        assert torch.equal(have[name], tensor), name
+    tied = "lm_head.weight", "model.embed_tokens.weight"
+    assert torch.equal(have[tied[0]], have[tied[1]]) == torch.equal(want[tied[0]], want[tied[1]])
 
 
 def test_an_adapter_alone_is_no_model(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from tests.ckpt import foreign
 
 from thawline.ckpt import store, targets
-from thawline.ckpt.convert import convert
+from thawline.ckpt.convert import convert, write
 from thawline.ckpt.delta import BaseRef, apply, delta_of, read_delta, write_delta
 from thawline.ckpt.formats import whisper_names
 from thawline.ckpt.formats.casting import cast
 from thawline.ckpt.rename import Rename, read_rename_table
-from thawline.ckpt.source import open_source
+from thawline.ckpt.source import Source, open_source
 from thawline.core.digest import digest_bytes, digest_tensor, fingerprint
 from thawline.errors import BaseMismatch, CheckpointError, RecipeError
 
@@ -686,3 +687,32 @@ def test_a_device_or_a_pipe_is_no_checkpoint(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(CheckpointError, match="neither a file nor a folder"):
         convert(tmp_path / "pipe", tmp_path / "m.pt", to="torch")
+
+
+# --- tied names ---
+
+
+def _tied(path: Path, alias: torch.Tensor, kept: torch.Tensor) -> Source:
+    """A source whose second tensor calls itself tied to the third, which comes after it."""
+    save_file({"a": torch.zeros(3), "head": alias, "wte": kept}, path)
+    source = open_source(path)
+    tensors = dict(source.plan.tensors)
+    tensors["head"] = tensors["head"].renamed("head", tied_to="wte")
+    return Source(path, replace(source.plan, tensors=tensors))
+
+
+def test_an_alias_that_comes_before_the_name_it_is_tied_to_shares_its_storage(tmp_path: Path) -> None:
+    weight = torch.randn(4, 5)
+    report = write(_tied(tmp_path / "a.safetensors", weight.clone(), weight), tmp_path / "m.pt", to="torch")
+    have = torch.load(tmp_path / "m.pt")
+    assert list(have) == ["a", "head", "wte"]
+    assert torch.equal(have["head"], weight)
+    assert have["head"].data_ptr() == have["wte"].data_ptr()
+    assert report.tied == {"head": "wte"}
+
+
+def test_names_that_are_called_tied_and_are_not_equal_are_refused(tmp_path: Path) -> None:
+    source = _tied(tmp_path / "a.safetensors", torch.zeros(4, 5), torch.ones(4, 5))
+    with pytest.raises(CheckpointError, match=r"is called tied to .*, and their values differ"):
+        write(source, tmp_path / "m.pt", to="torch")
+    assert not (tmp_path / "m.pt").exists()

@@ -131,3 +131,12 @@ def test_one_pair_of_tensors_is_read_at_a_time() -> None:
 
     assert diff(Lazy(), Lazy()).is_same
     assert Lazy.alive == 10
+
+
+def test_names_that_hold_anything_stay_on_their_line_of_the_table() -> None:
+    odd = {"a\nb\x1b[2J.w": torch.zeros(1), f"{'x' * 9000}.w": torch.zeros(1), "层.w": torch.zeros(1)}
+    lines = diff(odd, odd).table().splitlines()
+    assert len(lines) == 5
+    assert max(map(len, lines)) < 200
+    assert lines[1].startswith("a\\nb\\x1b[2J ")
+    assert lines[3].startswith("层 ")

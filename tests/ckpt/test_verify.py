@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tests.ckpt import foreign
 
+from thawline.ckpt import tensor_digest
 from thawline.ckpt.convert import convert
 from thawline.ckpt.delta import BaseRef, delta_of, write_delta
 from thawline.ckpt.save import save_checkpoint
@@ -42,6 +43,21 @@ def test_the_same_weights_have_the_same_fingerprint_in_every_format(tmp_path: Pa
     convert(tmp_path / "run", tmp_path / "c", to="hf")
     prints = {verify(tmp_path / name).fingerprint for name in ("a.safetensors", "b.pt", "c")}
     assert len(prints) == 1
+
+
+def test_bytes_whose_digest_the_file_states_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {"w": torch.randn(4, 3), "half": torch.randn(2).half(), "n": torch.tensor(3), "empty": torch.zeros(0)}
+    torch.save(tensors, tmp_path / "m.pt")
+    convert(tmp_path / "m.pt", tmp_path / "m.safetensors", to="safetensors")
+    want = BaseRef.of(tensors).digests
+
+    def hashed_again(*_: object) -> str:
+        raise AssertionError("the comparison with the stated digest has hashed these bytes already")
+
+    monkeypatch.setattr(tensor_digest, "digest", hashed_again)
+    assert verify(tmp_path / "m.safetensors").digests == want
+    with pytest.raises(AssertionError):
+        verify(tmp_path / "m.pt")  # a CRC-32 is no digest
 
 
 @pytest.mark.parametrize(("to", "name"), [("safetensors", "m.safetensors"), ("torch", "m.pt")])

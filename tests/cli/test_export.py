@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file
 from tests.cli.speech_fixture import RECIPE, write_all
 from torch import Tensor
@@ -16,6 +18,7 @@ import thawline as tl
 from thawline.ckpt.mirror import whole_steps
 from thawline.ckpt.remote import Place
 from thawline.ckpt.save import OPTIMIZER, PARKED
+from thawline.ckpt.source import open_source
 from thawline.ckpt.transfer import withdraw
 from thawline.cli.app import run
 
@@ -75,6 +78,8 @@ def test_what_cannot_be_exported_is_refused(data: Path, tmp_path: Path, capsys: 
         ([str(done), str(tmp_path / "x"), "--to", "peft"], 4, "its plan has no lora"),
         ([str(done), str(tmp_path / "x"), "--to", "videochat2"], 4, "is no VideoChat2"),
         ([str(tmp_path), str(tmp_path / "x")], 2, "is not a run directory"),
+        ([f"{done}s", str(tmp_path / "x")], 4, f"did you mean {done}?"),
+        ([str(done), str(tmp_path / "x"), "--to", "hf", "--step", str(steps(done)[0])], 4, f"error: {done}: tensor"),
     ):
         assert run(["export", *argv]) == code
         assert message in capsys.readouterr().err
@@ -100,24 +105,164 @@ def test_adapters_are_exported_for_peft_which_makes_of_them_what_the_run_exports
     assert all(torch.equal(ours[name], tensor) for name, tensor in want.items())
 
 
-def test_adapters_in_a_delta_away_from_their_run_are_refused_with_what_to_do(data: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def alone(data: Path, tmp_path: Path) -> Path:
+    """The last delta of a run with LoRA, as one file away from it."""
     done = trained(data, "lora", LORA)
-    shutil.copyfile(
-        done / "checkpoints" / f"step-{steps(done)[-1]:08d}" / "delta.safetensors", tmp_path / "d.safetensors"
-    )
-    with pytest.raises(tl.CheckpointError, match="holds LoRA adapters") as caught:
-        tl.load(tmp_path / "d.safetensors", data / "base")
-    assert "thawline export RUN" in caught.value.fix
+    last = done / "checkpoints" / f"step-{steps(done)[-1]:08d}"
+    return Path(shutil.copyfile(last / "delta.safetensors", tmp_path / "alone.safetensors"))
 
 
-def test_adapters_are_not_written_into_a_form_that_has_no_place_for_them(
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("to", "name"), [("torch", "x.pt"), ("safetensors", "x.safetensors"), ("wenet", "x")])
+def test_a_delta_with_adapters_is_converted_as_its_run_is_exported(
+    to: str, name: str, data: Path, alone: Path, tmp_path: Path
+) -> None:
+    done, base = data / "lora", str(data / "base")
+    tag = f"step-{steps(done)[-1]:08d}"
+    assert run(["export", str(done), str(tmp_path / "run"), "--step", str(steps(done)[-1])]) == 0
+    assert run(["convert", str(alone), str(tmp_path / name), "--to", to, "--base", base]) == 0
+    assert run(["convert", str(done), str(tmp_path / f"run-{name}"), "--to", to, "--tag", tag]) == 0
+    with open_source(tmp_path / "run") as exported:
+        want = {name: exported.digest(name) for name in exported.names}
+    for made in (tmp_path / name, tmp_path / f"run-{name}"):
+        with open_source(made) as source:
+            assert {name: source.digest(name) for name in source.names} == want
+
+
+def test_a_delta_with_adapters_is_exported_loaded_verified_and_compared_like_its_run(
+    data: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done, base = data / "lora", str(data / "base")
+    step = steps(done)[-1]
+    last = done / "checkpoints" / f"step-{step:08d}"
+    assert run(["export", str(done), str(tmp_path / "run"), "--step", str(step)]) == 0
+    assert run(["export", str(alone), str(tmp_path / "made"), "--base", base]) == 0
+    assert files_of(tmp_path / "made") == files_of(tmp_path / "run")
+    assert run(["export", str(done), str(tmp_path / "run-peft"), "--step", str(step), "--to", "peft"]) == 0
+    assert run(["export", str(alone), str(tmp_path / "made-peft"), "--base", base, "--to", "peft"]) == 0
+    assert files_of(tmp_path / "made-peft") == files_of(tmp_path / "run-peft")
+    model, theirs = tl.load(alone, data / "base"), tl.load(last)
+    assert same(dict(model.state_dict()), dict(theirs.state_dict()))
+    feats, lengths = torch.randn(2, 40, 80), torch.tensor([40, 33])
+    assert torch.equal(model.encode(feats, lengths)[0], theirs.encode(feats, lengths)[0])  # type: ignore[operator]
+    capsys.readouterr()
+    prints = []
+    for path in (alone, last):
+        assert run(["verify", str(path), "--base", base, "--json"]) == 0
+        prints.append(json.loads(capsys.readouterr().out)["fingerprint"])
+    assert prints[0] == prints[1]
+    assert run(["diff", str(alone), str(last), "--base", base]) == 0
+    assert run(["diff", str(alone), str(tmp_path / "run"), "--base", base]) == 0  # merged there, so merged here too
+
+
+def test_deltas_with_adapters_are_averaged_like_the_checkpoints_of_their_run(data: Path, tmp_path: Path) -> None:
+    done = trained(data, "lora", LORA)
+    (tmp_path / "deltas").mkdir()
+    for step in steps(done):
+        place = done / "checkpoints" / f"step-{step:08d}"
+        shutil.copyfile(place / "delta.safetensors", tmp_path / "deltas" / f"d-{step}.safetensors")
+        shutil.copytree(place, tmp_path / "checkpoints" / place.name)
+    assert run(["average", str(done), str(tmp_path / "run"), "--last", "2"]) == 0
+    for name in ("deltas", "checkpoints"):
+        argv = ["average", str(tmp_path / name), str(tmp_path / f"mean-{name}"), "--last", "2"]
+        assert run([*argv, "--base", str(data / "base")]) == 0
+        assert same(bits_of(tmp_path / f"mean-{name}"), bits_of(tmp_path / "run"))
+
+
+def test_deltas_whose_base_is_gone_are_not_averaged_alone(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = trained(data, "lora", LORA)
-    tag = f"step-{steps(done)[-1]:08d}"
-    assert run(["convert", str(done), str(tmp_path / "x.pt"), "--to", "wenet", "--tag", tag]) == 4
+    for step, name in ((1, "a"), (2, "b")):
+        torch.save({"w": torch.full((2,), float(step)), "same": torch.ones(2)}, tmp_path / f"{name}.pt")
+    torch.save({"w": torch.zeros(2), "same": torch.ones(2)}, tmp_path / "base.pt")
+    (tmp_path / "deltas").mkdir()
+    for step, name in ((1, "a"), (2, "b")):
+        argv = [str(tmp_path / f"{name}.pt"), str(tmp_path / "deltas" / f"d-{step}"), "--to", "delta"]
+        assert run(["convert", *argv, "--base", str(tmp_path / "base.pt")]) == 0
+    argv = ["average", str(tmp_path / "deltas"), str(tmp_path / "mean.pt"), "--last", "2", "--to", "torch"]
+    (tmp_path / "base.pt").rename(tmp_path / "moved.pt")
+    assert run(argv) == 4
+    assert "is a delta: 1 tensors are in its base only" in capsys.readouterr().err
+    assert run([*argv, "--base", str(tmp_path / "moved.pt")]) == 0
+    mean = torch.load(tmp_path / "mean.pt", weights_only=True)
+    assert (mean["w"].tolist(), mean["same"].tolist()) == ([1.5, 1.5], [1.0, 1.0])
+    assert "the mean of d-1, d-2" in capsys.readouterr().out
+
+
+def test_a_delta_is_known_whatever_it_is_called(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"w": torch.zeros(2), "same": torch.ones(2)}, tmp_path / "base.pt")
+    torch.save({"w": torch.ones(2), "same": torch.ones(2)}, tmp_path / "full.pt")
+    argv = ["convert", str(tmp_path / "full.pt"), str(tmp_path / "d.bin"), "--to", "delta"]
+    assert run([*argv, "--base", str(tmp_path / "base.pt")]) == 0
+    (tmp_path / "base.pt").rename(tmp_path / "moved.pt")
+    assert run(["convert", str(tmp_path / "d.bin"), str(tmp_path / "x.pt"), "--to", "torch"]) == 4
+    assert "is a delta: 1 tensors are in its base only" in capsys.readouterr().err
+    (tmp_path / "moved.pt").rename(tmp_path / "base.pt")
+    assert run(["convert", str(tmp_path / "d.bin"), str(tmp_path / "x.pt"), "--to", "torch"]) == 0
+    assert torch.load(tmp_path / "x.pt", weights_only=True)["same"].tolist() == [1.0, 1.0]
+
+
+def rewritten(path: Path, change: Callable[[dict[str, str]], object], *, seal: bool) -> None:
+    """Change the metadata of a delta; with `seal` the check of itself too."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    metadata = header["__metadata__"]
+    change(metadata)
+    if seal:
+        del metadata["check"]
+        metadata["check"] = blake3(json.dumps(dict(sorted(metadata.items()))).encode()).hexdigest()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("change", "seal", "message"),
+    [
+        (('"alpha":8.0', '"alpha":9.0'), False, "metadata are altered"),
+        (('"scale":2.0', '"scale":4.0'), True, "rank 4 and alpha 8.0 has the scale 2.0, not 4.0"),
+        (('"alpha":8.0', '"alpha":16.0'), True, "has the scale 4.0, not 2.0"),
+        (('"rank":4', '"dora":true,"rank":4'), True, "'dora', which this version does not know"),
+        (('"rank":4,"alpha":8.0', '"rank":2,"alpha":4.0'), True, "have rank 4, its record says 2"),
+    ],
+)
+def test_an_altered_scale_is_refused(
+    change: tuple[str, str], seal: bool, message: str, data: Path, alone: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    rewritten(alone, lambda m: m.update(adapters=m["adapters"].replace(*change)), seal=seal)
+    for verb, *options in (
+        ["convert", str(tmp_path / "x.pt"), "--to", "torch"],
+        ["verify"],
+        ["export", str(tmp_path / "x")],
+    ):
+        assert run([verb, str(alone), *options, "--base", str(data / "base")]) == 4
+        told = capsys.readouterr()
+        assert message in told.err + told.out
+    with pytest.raises(tl.CheckpointError, match=r"altered|damaged"):
+        tl.load(alone, data / "base")
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_a_delta_that_does_not_record_the_scale_is_refused_with_what_to_do(
+    data: Path, alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewritten(alone, lambda metadata: metadata.pop("adapters"), seal=True)  # as an older Thawline wrote it
+    with pytest.raises(tl.CheckpointError, match="not what they are scaled by") as caught:
+        tl.load(alone, data / "base")
+    assert "thawline export RUN" in caught.value.fix
+    base = str(data / "base")
+    assert run(["convert", str(alone), str(tmp_path / "x.pt"), "--to", "wenet", "--base", base]) == 4
     assert "holds LoRA adapters" in capsys.readouterr().err
-    assert run(["convert", str(done), str(tmp_path / "x.pt"), "--to", "wenet"]) == 0
+    assert run(["average", str(alone), str(tmp_path / "x.pt"), "--last", "1", "--base", base]) == 4
+    assert not (tmp_path / "x.pt").exists()
+    assert run(["convert", str(alone), str(tmp_path / "x.pt"), "--to", "torch", "--base", base]) == 0
+    assert "not what they are scaled by" in capsys.readouterr().out  # as they are, and said
 
 
 @pytest.mark.parametrize("verb", ["export", "average"])
@@ -298,7 +443,8 @@ def test_a_wenet_file_that_is_averaged_is_not_replaced_and_one_without_a_loss_is
     assert torch.load(tmp_path / "avg.pt", weights_only=True)["w"].tolist() == [2.0, 2.0]
     assert run(["average", str(tmp_path), str(tmp_path / "avg3.pt"), "--best", "3"]) == 4
     assert "has 2 of the 3" in capsys.readouterr().err
-    assert run(["average", str(tmp_path), str(tmp_path / "epoch_4.pt"), "--last", "2", "--force"]) == 4
+    for taken in ("epoch_4.pt", "epoch_0.pt"):  # the one is averaged, the other is left out
+        assert run(["average", str(tmp_path), str(tmp_path / taken), "--last", "2", "--force"]) == 4
     assert run(["average", str(tmp_path), str(tmp_path / "x.pt"), "--last", "2", "--only", "ema"]) == 4
     assert "no averaged weights" in capsys.readouterr().err
 

@@ -87,6 +87,67 @@ def test_subtitles_go_to_standard_output_or_into_a_folder(
     assert (tmp_path / "v" / "dev0.vtt").read_text().startswith("WEBVTT\n\n")
 
 
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    """A folder with recordings at two depths, among other things."""
+    place = tmp_path / "album"
+    (place / "b" / "c").mkdir(parents=True)
+    for name in ("b/c/one.wav", "b/two.WAV", "three.wav"):
+        write_wav(place / name, 0.6, 200)
+    (place / "three.txt").write_text("a b")
+    (place / "._three.wav").write_bytes(b"what macOS adds")
+    return place
+
+
+def test_a_folder_stands_for_all_recordings_below_it_sorted(
+    album: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = call(capsys, "transcribe", folder / "base", album, folder / "dev0.wav", "--json")
+    assert code == 0
+    files = [row["file"] for row in json.loads(out)["transcripts"]]
+    below = [str(album / name) for name in ("three.wav", "b/two.WAV", "b/c/one.wav")]
+    assert files == [*below, str(folder / "dev0.wav")]
+    code, out, _ = call(capsys, "transcribe", folder / "base", album / "b" / "c", *SAYS_SOMETHING)
+    assert code == 0
+    assert out.startswith(f"{album / 'b' / 'c' / 'one.wav'}\t")  # one file, but found and not named
+
+
+def test_subtitles_keep_the_tree_of_the_folder_and_none_is_written_over_another(
+    album: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(capsys, "transcribe", folder / "base", album, "--srt", "--out", tmp_path / "v")
+    assert code == 0, err
+    written = sorted(str(p.relative_to(tmp_path / "v")) for p in (tmp_path / "v").rglob("*.srt"))
+    assert written == ["b/c/one.srt", "b/two.srt", "three.srt"]
+    write_wav(album / "b" / "two.aiff", 0.6, 300)
+    code, _, err = call(capsys, "transcribe", folder / "base", album, "--srt", "--out", tmp_path / "w")
+    assert code == 2
+    assert f"two.WAV and {album / 'b' / 'two.aiff'} would both be written to {tmp_path / 'w' / 'b' / 'two.srt'}" in err
+    code, _, err = call(capsys, "transcribe", folder / "base", album, "--srt")
+    assert code == 2
+    assert "--out DIR" in err
+
+
+def test_what_is_a_list_and_no_recording_is_sent_to_evaluate(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(capsys, "transcribe", folder / "base", folder / "dev.list")
+    assert code == 3
+    assert "this is a list of recordings and no recording: WeNet raw list\n" in err
+    assert f"fix: `thawline evaluate MODEL {folder / 'dev.list'}` decodes what a list names" in err
+    kaldi = tmp_path / "kaldi"
+    kaldi.mkdir()
+    (kaldi / "wav.scp").write_text(f"a {folder / 'dev0.wav'}\n")
+    code, _, err = call(capsys, "transcribe", folder / "base", kaldi)
+    assert code == 3
+    assert "there is no audio file in this folder: it is a Kaldi directory" in err
+    assert f"`thawline evaluate MODEL {kaldi}`" in err
+    (tmp_path / "empty").mkdir()
+    code, _, err = call(capsys, "transcribe", folder / "base", tmp_path / "empty")
+    assert code == 3
+    assert "there is no audio file in it\n  fix: audio is told by its name: .aac .aif" in err
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [

@@ -270,7 +270,7 @@ def test_a_flipped_bit_in_a_flac_is_detected(tmp_path: Path):
 def test_trouble_of_the_storage_is_not_trouble_of_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = save(tmp_path / "a.wav", tone())
 
-    def stale(*args: object) -> object:
+    def stale(*args: object, **options: object) -> object:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     monkeypatch.setattr("builtins.open", stale)
@@ -300,3 +300,30 @@ def test_every_real_file_is_read_and_lasts_as_long_as_its_list_says(shared: Path
         assert row.duration_s is not None
         assert abs(len(samples) / rate - row.duration_s) < 0.06
         assert abs(duration_s(row) - len(samples) / rate) < 1e-9
+
+
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "a.wav")
+    with pytest.raises(DataError, match=r"a\.wav: this is a pipe or a device, not a file"):
+        read_audio(tmp_path / "a.wav")
+    with pytest.raises(DataError, match="no path can hold a NUL byte"):
+        read_audio("a\0.wav")
+
+
+def test_a_header_with_more_channels_than_its_frames_have_room_for_is_refused(tmp_path: Path):
+    path = save(tmp_path / "a.wav", tone())
+    body = bytearray(path.read_bytes())
+    body[22:24] = (1000).to_bytes(2, "little")
+    path.write_bytes(body)
+    with pytest.raises(DataError, match="the header contradicts itself: 1000 channels of"):
+        read_audio(path)
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".mp3", ".m4a", ""])
+@pytest.mark.parametrize("kind", [("FLAC", "PCM_24"), ("MP3", None), ("OGG", "VORBIS"), ("WAV", "PCM_24")])
+def test_content_and_not_the_suffix_says_what_a_file_is(tmp_path: Path, suffix: str, kind: tuple[str, str | None]):
+    true = tmp_path / f"true.{kind[0].lower()}"
+    soundfile.write(true, tone(), 16000, format=kind[0], subtype=kind[1])
+    other = tmp_path / f"a b ü{suffix}"
+    other.write_bytes(true.read_bytes())
+    assert np.array_equal(read_audio(other), read_audio(true))

@@ -114,3 +114,12 @@ def test_a_real_set_is_sound_but_for_what_is_known(shared: Path):
     assert report.utterances == 450
     assert report.rates_hz == {8000: 450}
     assert not report.bad
+
+
+def test_whole_numbers_that_were_written_as_floating_point_are_noticed(tmp_path: Path):
+    path = add(tmp_path, "train.list", ("a", 1.0, "ab"), ("b", 1.0, "ab"))
+    loud = np.random.default_rng(1).uniform(-9000, 9000, 16000).astype(np.float32)
+    soundfile.write(tmp_path / "train.list-b.wav", loud, 16000, subtype="FLOAT")
+    report = check_data(path)
+    assert kinds(report) == ["scale"]
+    assert "where 1 is full scale; were whole numbers written as floating point?" in report.findings[0].what

@@ -257,6 +257,94 @@ def test_a_file_without_samples_is_refused(tmp_path: Path, content: str, sentenc
         read_dialogues(tmp_path / "absent.json")
 
 
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        (5, "an entry must be an object, got int"),
+        ({"video": "v.mp4"}, '"QA" must be a list of questions and answers that is not empty'),
+        ({"video": "v.mp4", "QA": {"q": "x", "a": "y"}}, '"QA" must be a list of questions and answers'),
+        ({"video": "v.mp4", "QA": [{"q": "x"}]}, """every item of "QA" needs an answer "a", got {'q': 'x'}"""),
+        ({"video": "v.mp4", "QA": [{"q": None, "a": "y"}]}, "'q' must be text, got None"),
+        ({"video": "v.mp4", "QA": [{"q": "x", "a": 5}]}, "'a' must be text, got 5"),
+        ({"video": "v.mp4", "QA": [{"q": "x", "a": "\ud800"}]}, "'a' holds '\\ud800', which is half of a character"),
+        ({"video": "\ud800.mp4", "QA": [{"a": "y"}]}, "'video' holds '\\ud800', which is half of a character"),
+        ({"video": 5, "QA": [{"a": "y"}]}, "'video' must be a path or a list of paths, got 5"),
+        ({"video": "v", "image": "i", "QA": [{"a": "y"}]}, "it names a video and an image; one of them is meant"),
+        ({"video": "v.mp4", "caption": ["a", "b"]}, "'caption' must be text, got ['a', 'b']"),
+        ({"video": "v.mp4", "caption": " "}, "the caption is empty"),
+        ({"caption": "nothing to see"}, "a caption without a video or image"),
+        ({"QA": [{"a": "y"}], "start": 3}, '"start" stands alone: a part has "start" and "end", in seconds'),
+        ({"QA": [{"a": "y"}], "start": [1], "end": 2}, '"start" and "end" must be seconds, got [[1], 2]'),
+        ({"QA": [{"a": "y"}], "start": "soon", "end": 2}, '"start" and "end" must be seconds, got [\'soon\', 2]'),
+        ({"QA": [{"a": "y"}], "start": 1, "end": 10**400}, '"start" and "end" must be seconds'),
+        ({"QA": [{"a": "y"}], "start": 2, "end": 2}, "the part from 2 to 2 seconds is empty"),
+        ({"QA": [{"a": "y"}], "start": float("nan"), "end": 2}, "the part from nan to 2 seconds is empty"),
+        ({"conversations": []}, '"conversations" must be a list that is not empty'),
+        ({"conversations": [{"from": "human"}]}, 'every item of "conversations" needs "from" and "value"'),
+        ({"conversations": [{"from": "human", "value": "hello?"}]}, "nobody answers in it"),
+        ({"conversations": [{"from": "gtp", "value": "hi"}]}, "\"from\" is 'gtp'; known: human, gpt"),
+    ],
+)
+def test_what_is_no_sample_is_said_in_a_sentence_and_the_others_stay(tmp_path: Path, entry: Any, reason: str) -> None:
+    file = tmp_path / "it.json"
+    file.write_text(json.dumps([{"QA": [{"a": "y"}]}, entry]), encoding="utf-8")
+    found = read_dialogues(file)
+    assert found[0].turns == (Turn(question="", answer="y"),)
+    (bad,) = found.malformed
+    assert bad.key == "it.json#1"
+    assert bad.reason.startswith(reason)
+
+
+def test_a_long_odd_value_is_quoted_in_part(tmp_path: Path) -> None:
+    file = tmp_path / "it.json"
+    file.write_text(json.dumps([{"QA": [{"a": "y"}]}, {"QA": [{"q": "x" * 10**6}]}]), encoding="utf-8")
+    assert len(read_dialogues(file).malformed[0].reason) < 300
+
+
+def test_seconds_may_be_written_as_text(tmp_path: Path) -> None:
+    file = tmp_path / "it.json"
+    file.write_text(json.dumps([{"QA": [{"a": "y"}], "start": "1.5", "end": "2"}]), encoding="utf-8")
+    assert (read_dialogues(file)[0].start_s, read_dialogues(file)[0].end_s) == (1.5, 2.0)
+
+
+def test_entries_that_share_an_id_are_told_apart_by_their_numbers(tmp_path: Path) -> None:
+    rows = [{"id": i, "conversations": [{"from": "gpt", "value": "y"}]} for i in (7, 8, 7, None, "")]
+    file = tmp_path / "it.json"
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    assert [read_dialogues(file).key(n) for n in range(5)] == [
+        "7 (it.json#0)",
+        "8",
+        "7 (it.json#2)",
+        "it.json#3",
+        "it.json#4",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence", "fix"),
+    [
+        ('{"a": 1}\n{"b": 2}\n', "not JSON: Extra data", "it has a sample a line"),
+        ('{"samples": [1]}', "no samples", "write the list under 'samples' into a file of its own"),
+        ("[" * 100_000, "not JSON: maximum recursion depth", "one JSON list"),
+        ("[" + "1" * 5000 + "]", "not JSON: Exceeds the limit", "one JSON list"),
+    ],
+)
+def test_a_file_of_another_shape_is_told_what_to_become(tmp_path: Path, content: str, sentence: str, fix: str) -> None:
+    file = tmp_path / "it.json"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=sentence) as caught:
+        read_dialogues(file)
+    assert caught.value.where == str(file)
+    assert fix in caught.value.fix
+
+
+def test_a_name_nearly_right_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text("[]")
+    with pytest.raises(DataError, match="No such file") as caught:
+        read_dialogues(tmp_path / "tran.json")
+    assert caught.value.fix == f"did you mean {tmp_path / 'train.json'}?"
+
+
 def test_the_order_of_turns_follows_from_the_generator_alone() -> None:
     turns = [Turn(question=str(i), answer=str(i)) for i in range(6)]
     once = shuffled(turns, np.random.default_rng(3))

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tarfile
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from thawline.data.manifest import FORMATS, fill_durations, read_manifest
-from thawline.data.manifests.shards import tar_index
+from thawline.data.manifests import tar_index as tar_index_module
+from thawline.data.manifests.tar_index import tar_index
 from thawline.data.utterance import TarRef, Utterance, pipe_command
 from thawline.errors import DataError
 
@@ -209,6 +211,18 @@ def test_an_empty_list_is_an_error(tmp_path: Path, body: bytes):
         ('{"key": "c", "wav": "a.wav", "txt": "x", "duration": -1}', "duration is not a time in seconds: -1"),
         ('{"key": "c", "wav": "s3://b/a.wav", "txt": "x"}', "audio behind a network address is not read"),
         ('{"key": "c", "wav": 7, "txt": "x"}', "the audio path is not a text: 7"),
+        ('{"key": "c", "wav": "a.wav", "txt": ["x"]}', "the text is no string but list: ['x']"),
+        ('{"key": "c", "wav": "a.wav", "txt": NaN}', "the text is no string but float: nan"),
+        ('{"key": true, "wav": "a.wav", "txt": "x"}', "the key is no string but bool: True"),
+        ('{"key": " ", "wav": "a.wav", "txt": "x"}', "the key is empty"),
+        ('{"key": "c", "key": "d", "wav": "a.wav", "txt": "x"}', "not JSON: the field 'key' is there twice"),
+        ('{"key": "c", "wav": "a\\u0000.wav", "txt": "x"}', "no path can hold a NUL byte"),
+        ('{"key": "c", "wav": "a.wav", "txt": "\\ud800"}', "the text holds half of a surrogate pair: '\\ud800'"),
+        ('{"key": "c", "wav": "a.wav", "txt": "x", "start": true}', "start is not a time in seconds: True"),
+        ('{"key": "c", "wav": "a.wav", "txt": "x", "duration": NaN}', "duration is not a time in seconds: nan"),
+        ('{"key": "c", "wav": "a.wav", "txt": "x", "start": -0.1}', "start is not a time in seconds: -0.1"),
+        ('{"key": "c", "start": ' + "9" * 5000 + "}", "not JSON: Exceeds the limit"),
+        ('{"key": ' + "[" * 100_000, "not JSON: maximum recursion depth exceeded"),
     ],
 )
 def test_a_bad_line_is_named_and_costs_one_sample_where_that_is_asked(tmp_path: Path, line: str, message: str):
@@ -234,6 +248,36 @@ def test_a_list_that_is_not_utf8_names_line_and_byte(tmp_path: Path):
     path = make_raw(tmp_path)
     path.write_bytes(path.read_bytes() + '{"key":"c","wav":"a.wav","txt":"你好"}'.encode("gb18030"))
     with pytest.raises(DataError, match=r"data\.list:3: not UTF-8: byte 0x.. at column \d+\n  fix: convert the file"):
+        read_manifest(path)
+
+
+def test_a_list_in_utf16_says_so(tmp_path: Path):
+    path = make_raw(tmp_path)
+    path.write_bytes(path.read_text().encode("utf-16"))
+    with pytest.raises(DataError, match=r"\(UTF-16\)\n  fix: convert the file, e\.g\. iconv -f UTF-16 -t UTF-8"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    ("body", "where", "message"),
+    [
+        ('a.wav,"x\nb.wav,y\n', 2, r"a quoted cell does not end\n  fix: close the quote"),
+        ('a.wav,"x" y\n', 2, "not a table from here: ',' expected after '\"'"),
+        ("a.wav," + "x" * 200_000, 2, "not a table from here: field larger than field limit"),
+    ],
+)
+def test_a_csv_with_an_open_quote_does_not_swallow_its_other_rows(tmp_path: Path, body: str, where: int, message: str):
+    write(tmp_path / "a.wav")
+    path = write(tmp_path / "metadata.csv", "file_name,text\n" + body)
+    with pytest.raises(DataError, match=message) as caught:
+        read_manifest(path)
+    assert caught.value.where == f"{path}:{where}"
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path):
+    write(tmp_path / "a.wav")
+    path = write(tmp_path / "metadata.csv", "file_name,text,text\na.wav,x,y\n")
+    with pytest.raises(DataError, match=r"metadata\.csv:1: two columns are called 'text'"):
         read_manifest(path)
 
 
@@ -384,6 +428,39 @@ def test_an_audio_file_is_not_a_list(tmp_path: Path):
         read_manifest(write(tmp_path / "a.wav"))
 
 
+@pytest.mark.parametrize(
+    ("segment", "message"),
+    [
+        ("u1 rec -1 2", "not times in seconds: -1 and 2"),
+        ("u1 rec nan 2", "not times in seconds: nan and 2"),
+        ("u1 rec 0 inf", "not times in seconds: 0 and inf"),
+        ("u1 rec 0 2 1", "a segment of one channel ('1') is not read"),
+    ],
+)
+def test_a_segment_that_cannot_be_meant_is_named(tmp_path: Path, segment: str, message: str):
+    write(tmp_path / "rec.wav")
+    write(tmp_path / "wav.scp", "rec rec.wav\n")
+    write(tmp_path / "text", "u1 hello\nu2 you\n")
+    write(tmp_path / "segments", f"{segment}\nu2 rec 0 1\n")
+    reported: list[DataError] = []
+    assert [r.key for r in read_manifest(tmp_path, report=reported.append)] == ["u2"]
+    assert [e.where for e in reported] == [f"{tmp_path}/segments:1"]
+    assert message in str(reported[0])
+
+
+def test_a_bad_duration_and_a_key_without_a_path_cost_a_kaldi_directory_one_utterance_each(tmp_path: Path):
+    write(tmp_path / "a.wav")
+    write(tmp_path / "wav.scp", "a a.wav\nb\nc a.wav\n")
+    write(tmp_path / "text", "a x\nb y\nc z\n")
+    write(tmp_path / "utt2dur", "a long\nc 1.5\n")
+    reported: list[DataError] = []
+    assert [(r.key, r.duration_s) for r in read_manifest(tmp_path, report=reported.append)] == [("c", 1.5)]
+    assert [str(e).splitlines()[0] for e in reported] == [
+        f"{tmp_path}/utt2dur:1: utt2dur is not a time in seconds: 'long'",
+        f"{tmp_path}/wav.scp:2: no audio path after the key",
+    ]
+
+
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 
@@ -408,23 +485,29 @@ def test_a_shard_list_gives_references_that_are_read_by_offset(tmp_path: Path):
     assert bodies == [b"AAAA", b"BBBBBB", b"C" * 1000]
 
 
-def test_a_shard_is_scanned_once_and_again_when_it_changes(tmp_path: Path):
+def test_a_shard_is_scanned_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = make_shards(tmp_path)
-    first = read_manifest(path)
-    index = tmp_path / "s0.tar.index.json"
-    kept = json.loads(index.read_text())
-    kept["rows"][0][4] = "from the index"
-    index.write_text(json.dumps(kept))
-    assert read_manifest(path)[0].txt == "from the index"
+    scanned: list[str] = []
+    scan = tar_index_module._scan
+    monkeypatch.setattr(tar_index_module, "_scan", lambda tar: scanned.append(tar.name) or scan(tar))
+    first = list(read_manifest(path))
+    assert scanned == ["s0.tar", "s1.tar"]
+    assert list(read_manifest(path)) == first
+    assert scanned == ["s0.tar", "s1.tar"]
     os.utime(tmp_path / "s0.tar", ns=(1, 1))
-    assert list(read_manifest(path)) == list(first)
+    assert list(read_manifest(path)) == first
+    assert scanned == ["s0.tar", "s1.tar", "s0.tar"]
 
 
-def test_a_damaged_index_is_replaced(tmp_path: Path):
+@pytest.mark.parametrize("damage", [lambda b: b[:20], lambda b: b"", lambda b: b.replace(b"hello", b"hallo")])
+def test_a_damaged_index_is_noticed_and_replaced(tmp_path: Path, damage: Callable[[bytes], bytes]):
     path = make_shards(tmp_path)
-    first = read_manifest(path)
-    (tmp_path / "s0.tar.index.json").write_text('{"stamp": 1')
-    assert list(read_manifest(path)) == list(first)
+    first = list(read_manifest(path))
+    index = tmp_path / "s0.tar.index.json"
+    whole = index.read_bytes()
+    index.write_bytes(damage(whole))
+    assert list(read_manifest(path)) == first
+    assert index.read_bytes() == whole
 
 
 def test_an_index_goes_to_the_given_folder_and_a_place_that_cannot_be_written_is_no_error(tmp_path: Path):

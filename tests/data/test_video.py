@@ -392,3 +392,19 @@ def test_the_reader_does_not_need_more_than_pyav(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     assert len(read_video(path, 3).frames) == 3
+
+
+def test_pictures_of_a_coding_that_nobody_knows_are_refused(tmp_path: Path) -> None:
+    av = need("av", extra="video")
+    path = tmp_path / "odd.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame(64, 48, "rgb24")))
+        container.mux(stream.encode())
+    content = path.read_bytes()
+    assert content.count(b"avc1")
+    path.write_bytes(content.replace(b"avc1", b"zzzz"))
+    with pytest.raises(DataError, match=r"odd\.mp4: its pictures are stored in a way that cannot be decoded here"):
+        read_video(path, 2)

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from thawline.demo import story
+from thawline.demo.evidence import changed_names, frozen_statistics
+from thawline.demo.scenes import Scenes
 from thawline.demo.stage import Stage
 from thawline.demo.story import MARK, Rates, play
+from thawline.demo.verbs import kill_at_step
 from thawline.errors import RecipeError
 from thawline.train.rundir import RunDirectory
 
@@ -65,28 +68,26 @@ def test_the_trainer_is_killed_once_its_log_reaches_the_step(tmp_path: Path, mon
     monkeypatch.setattr(
         subprocess, "Popen", lambda command, **how: start([sys.executable, "-c", stub], **{**how, "cwd": tmp_path})
     )
-    told = story._Story(tmp_path, Stage(io.StringIO()), variants=(), epochs=1)
     files = RunDirectory(tmp_path)
-    assert told._kill(("train",), files, step=5) == -signal.SIGKILL
+    assert kill_at_step(tmp_path, ("train",), files, step=5) == -signal.SIGKILL
     assert 5 <= len(files.metrics.read_text().splitlines()) < 1000
 
 
 def test_a_trainer_that_ends_by_itself_is_not_taken_for_a_killed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **how: start([sys.executable, "-c", ""], **how))
-    told = story._Story(tmp_path, Stage(io.StringIO()), variants=(), epochs=1)
-    assert told._kill(("train",), RunDirectory(tmp_path), step=5) == 0
+    assert kill_at_step(tmp_path, ("train",), RunDirectory(tmp_path), step=5) == 0
 
 
 def test_changed_names_are_those_whose_bits_differ_or_that_one_side_lacks():
     before = {"a": torch.tensor([0.0]), "b": torch.tensor([1.0]), "c": torch.tensor([1.0])}
     after = {"a": torch.tensor([-0.0]), "b": torch.tensor([1.0]), "d": torch.tensor([1.0])}
-    assert story._changed(before, after) == {"a", "c", "d"}
+    assert changed_names(before, after) == {"a", "c", "d"}
 
 
 def test_only_statistics_of_norms_whose_weights_do_not_train_count_as_frozen():
     state = {f"{block}.norm.{name}": torch.zeros(1) for block in "xy" for name in ("weight", "running_mean")}
-    assert story._frozen_statistics(state, frozenset({"y.norm.weight"})) == {"x.norm.running_mean"}
+    assert frozen_statistics(state, frozenset({"y.norm.weight"})) == {"x.norm.running_mean"}
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_figures_that_do_not_show_what_they_should_are_failures(
     rates: dict[str, tuple[float, float]], failures: int, tmp_path: Path
 ):
     stage = Stage(io.StringIO())
-    told = story._Story(tmp_path, stage, variants=(), epochs=1)
+    told = Scenes(tmp_path, stage, variants=(), epochs=1)
     told._judge(Rates(new=0.9, old=0.0), {name: Rates(new=new, old=old) for name, (new, old) in rates.items()})
     assert len(stage.failed) == failures
 

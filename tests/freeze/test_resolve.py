@@ -219,6 +219,26 @@ def test_memory_counts_gradients_and_moments_of_what_trains_only():
     assert cost.optimizer_bytes == 2 * 10 * 4 + 2 * 4
 
 
+def test_memory_of_a_thaw_keeps_state_and_averages_of_what_trained_before():
+    first, second = (resolve(FreezePlan(train=names), CONV) for names in ("[2]", "[0]"))
+    before, now = estimate(first).gradients_bytes, estimate(second).gradients_bytes
+    assert estimate(first, ema=True).averages_bytes == before
+    later = estimate(second, ema=True, earlier=[first])
+    assert later.gradients_bytes == now
+    assert later.averages_bytes == before + now
+    tensors = len(first.trainable_names) + len(second.trainable_names)
+    assert later.optimizer_bytes == 2 * (before + now) + 4 * tensors
+    assert later.total_bytes == later.weights_bytes + now + later.optimizer_bytes + later.averages_bytes
+    assert later.saving_bytes == before + now + later.optimizer_bytes + later.averages_bytes
+    assert estimate(second, earlier=[first]).averages_bytes == 0
+
+
+def test_averages_of_half_precision_are_kept_in_fp32():
+    half = ModelIndex.from_header([ParamInfo(name="w", shape=(3, 5), dtype="BF16")])
+    cost = estimate(resolve(FreezePlan(train="w"), half), ema=True)
+    assert (cost.weights_bytes, cost.averages_bytes) == (30, 60)
+
+
 def test_ten_thousand_tensors_resolve_in_a_tenth_of_a_second():
     parts = [f"{m}.{t}" for m in ("q", "k", "v", "out", "w1", "w2") for t in ("weight", "bias")]
     parts += [f"norm{i}.{t}" for i in (1, 2) for t in ("weight", "bias")]

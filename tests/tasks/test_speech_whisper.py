@@ -63,6 +63,44 @@ def test_greedy_tokens_are_those_of_transformers(shared: Path, recognizer: Recog
     assert "great sorrow of his life" in ours[0].text
 
 
+def test_the_nbest_list_is_that_of_transformers_beam_search(shared: Path, recognizer: Recognizer) -> None:
+    transformers = pytest.importorskip("transformers")
+    logits = transformers.generation.logits_process
+    files, model, beam = clips(shared)[1:], recognizer.model, 4
+    found = list(recognizer.with_options(language="en", beam=beam).transcripts(files))
+    config: Any = model.generation_config
+    prompt = [config.decoder_start_token_id, config.lang_to_id["<|en|>"], config.task_to_id["transcribe"]]
+    prompt.append(config.no_timestamps_token_id)
+    for file, ours in zip(files, found, strict=True):
+        feats = torch.from_numpy(recognizer.frontend.features_of(read_audio(file), None))[None]
+        with torch.no_grad():
+            theirs = transformers.GenerationMixin.generate(
+                model,
+                encoder_outputs=model.model.encoder(feats.transpose(1, 2)),  # type: ignore[operator, union-attr]
+                decoder_input_ids=torch.tensor([prompt]),
+                logits_processor=transformers.LogitsProcessorList(
+                    [
+                        logits.SuppressTokensLogitsProcessor(config.suppress_tokens),
+                        logits.SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, len(prompt)),
+                    ]
+                ),
+                num_beams=beam,
+                num_return_sequences=beam,
+                early_stopping=True,
+                max_length=448,
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+        texts = [
+            recognizer.tokenizer.decode([t for t in row if t < config.eos_token_id]).strip()
+            for row in theirs.sequences.tolist()
+        ]
+        assert [text for text, _ in ours.nbest] == texts, file.name
+        # The same sum in one pass without a cache: fp32 rounding over some tens of tokens.
+        assert [score for _, score in ours.nbest] == pytest.approx(theirs.sequences_scores.tolist(), abs=1e-4)
+        assert ours.to_json()["nbest"][0]["text"] == ours.text == texts[0]
+
+
 def test_a_long_recording_follows_the_time_marks_as_transformers_does(
     shared: Path, recognizer: Recognizer, theirs: tuple[Any, Any], tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from tests.tasks.videochat_corpus import RECIPE, SECTION, write_parts, write_rec
 
 import thawline as tl
 from thawline.core.extras import need
-from thawline.errors import BaseMismatch, CheckpointError, LawBroken, RecipeError
+from thawline.errors import BaseMismatch, CheckpointError, LawBroken, RecipeError, ThawlineError
 from thawline.models.videochat.chat import Sampling
 from thawline.models.videochat.names import part_of
 from thawline.tasks.auditing import audit_run
@@ -27,6 +27,7 @@ from thawline.tasks.planning import preview
 from thawline.tasks.runs import open_recipe, train
 from thawline.tasks.videochat_asking import ChatModel
 from thawline.tasks.videochat_loading import open_chat
+from thawline.tasks.videochat_recognition import home_at
 from thawline.train.loop import Run
 from thawline.train.rundir import read_rows
 
@@ -420,6 +421,63 @@ def test_the_shipped_recipes_run_on_tiny_data(home: Path, tmp_path: Path, recipe
     assert not audit_run(made.dir).broken
 
 
+# --- what cannot be meant ---
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("data.conf={frames: 0}", "data.conf.frames: input should be greater than or equal to 1, got 0"),
+        ("data.conf={size: -5}", "data.conf.size: input should be greater than or equal to 1, got -5"),
+        ("data.conf={media_root: nowhere}", "the folder of the clips is not there"),
+        ("data.conf={media_root: chat.yaml}", "the folder of the clips is not there"),
+        ("data.train=corpus/itt.json", "did you mean"),
+        ("options={config: {model: 5}}", "no model section of upstream's is in it"),
+        ("options={config: {model: [1]}}", "no model section of upstream's is in it"),
+        ("options={config: {vision_encoder: 5}}", "no model section of upstream's is in it"),
+        ("options={parts: [nothing.pth]}", "check the path of this part"),
+    ],
+)
+def test_a_setting_that_cannot_be_meant_is_refused_where_it_is_written(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, sentence: str
+) -> None:
+    monkeypatch.chdir(home)
+    model = "parts/llm" if "config" in override else "parts"
+    with pytest.raises(ThawlineError) as caught:
+        train(home / "chat.yaml", [f"model={model}", override], run=tmp_path / "run")
+    assert sentence in str(caught.value)
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"clips": {"frames": 0}}, "0 frames a video cannot be meant"),
+        ({"clips": {"size": "large"}}, "'large' pixels a side cannot be meant"),
+        ({"clips": {"max_tiles": -1}}, "-1 tiles cannot be meant"),
+        ({"clips": {"sampling": "often"}}, "'often' is no way to choose frames"),
+        ({"clips": {"normalisation": {"mean": [1], "std": [1]}}}, "pixels cannot be brought to mean (1,)"),
+        ({"clips": {"normalisation": "mine"}}, "'mine'"),
+        ({"llm": {"dtype": "float7"}}, "the language model's dtype is 'float7'"),
+        ({"llm": None}, "cannot be read"),
+        ({"parts": 5}, "'int' object is not iterable"),
+        ({"format": "thawline-videochat/9"}, "this version reads"),
+    ],
+)
+def test_a_description_that_was_written_over_is_refused_by_name(
+    finished: Run, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    told = json.loads((finished.dir / "model" / "videochat.json").read_text())
+    for name, value in changes.items():
+        told[name] = told[name] | value if isinstance(value, dict) else value
+    file = tmp_path / "videochat.json"
+    file.write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match="the description of the model cannot be read") as caught:
+        home_at(tmp_path)
+    assert caught.value.where == str(file)
+    assert sentence in caught.value.what
+
+
 # --- what a crash leaves ---
 
 
@@ -443,9 +501,11 @@ def test_a_run_killed_five_times_ends_as_if_it_had_not_been(home: Path, tmp_path
     for _ in range(5):
         child = spawn(home, tmp_path / "cut")
         assert child.stdout is not None
-        child.stdout.readline()  # a step is done
+        steps = (line for line in child.stdout if line.startswith(b"step"))
+        for _ in range(4):  # a checkpoint every second step; one is whole before the next begins
+            next(steps, None)
         try:
-            child.wait(draw.uniform(0, 0.3))
+            child.wait(draw.uniform(0, 0.1))
         except subprocess.TimeoutExpired:
             child.kill()
         child.communicate()

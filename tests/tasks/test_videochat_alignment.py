@@ -18,13 +18,14 @@ from tests.tasks.videochat_corpus import SECTION, write_bert, write_llm, write_v
 import thawline as tl
 from thawline.cli.app import run as cli
 from thawline.core.extras import need
-from thawline.errors import CheckpointError, RecipeError
+from thawline.errors import CheckpointError, RecipeError, ThawlineError
 from thawline.models.videochat.alignment import VideoAlignment
 from thawline.models.videochat.config import VisionConfig
 from thawline.models.videochat.vit import VisionTransformer
 from thawline.tasks.auditing import audit_run
 from thawline.tasks.planning import preview
 from thawline.tasks.runs import train
+from thawline.tasks.videochat_alignment_home import AlignmentHome
 from thawline.train.loop import Run
 from thawline.train.rundir import read_rows
 
@@ -239,3 +240,33 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(home: Path, t
     assert sums(tmp_path / "cut" / "model") == sums(whole.dir / "model")
     assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (whole.dir / "metrics.jsonl").read_bytes()
     assert not audit_run(tmp_path / "cut").broken
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"model": 5},
+        {"model": {"vision_encoder": 5}},
+        {"criterion": 5},
+        {"criterion": {"loss_weight": {"vtc": "much"}}},
+    ],
+)
+def test_sections_of_another_kind_than_upstreams_are_refused_by_name(
+    home: Path, tmp_path: Path, odd: dict[str, Any]
+) -> None:
+    config = f"options.config={json.dumps({**CONFIG, **odd})}"
+    with pytest.raises(RecipeError, match="of another kind than upstream's") as caught:
+        train(SHIPPED, tiny(home, config), run=tmp_path / "run")
+    assert str(home / "bert" / "config.json") in caught.value.where
+
+
+@pytest.mark.parametrize(("name", "value"), [("frames", 0), ("size", "large"), ("config", 5), ("format", "x/9")])
+def test_a_stage_1_description_that_was_written_over_is_refused_by_name(
+    finished: Run, tmp_path: Path, name: str, value: Any
+) -> None:
+    told = json.loads((finished.dir / "model" / "alignment.json").read_text())
+    file = tmp_path / "alignment.json"
+    file.write_text(json.dumps({**told, name: value}))
+    with pytest.raises(ThawlineError) as caught:
+        AlignmentHome.of(tmp_path)
+    assert caught.value.where == str(file)

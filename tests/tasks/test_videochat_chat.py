@@ -5,14 +5,17 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from tests.tasks.videochat_corpus import write_corpus, write_parts
 
 from thawline.cli.app import run
+from thawline.errors import DataError, RecipeError
 from thawline.models.videochat.chat import Sampling
 from thawline.tasks.videochat_asking import ChatModel
+from thawline.tasks.videochat_recognition import home_at
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -114,6 +117,38 @@ def test_a_score_on_an_instruction_file_has_a_row_a_sample(home: Path, capsys: p
     batched = ChatModel.open(home / "parts").evaluate(home / "corpus" / "it.json", batch_size=4)
     # Rows padded to another length are summed in another order.
     assert batched.metrics["loss"] == pytest.approx(told["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what", "fix"),
+    [
+        ("nothing.mp4", None, "no such video or image", "check the path"),
+        ("folder", None, "this is a folder, and one video or image is meant", "give one of its files: a.mp4"),
+        ("empty.mp4", b"", "the video cannot be read: ", "ffmpeg -i FILE"),
+        ("letter.mp4", b"Dear Sir or Madam", "the video cannot be read: ", "ffmpeg -i FILE"),
+        ("letter.png", b"Dear Sir or Madam", "the image cannot be read: ", "ffmpeg -i FILE"),
+        ("torn.mkv", 200, "", "ffmpeg -i FILE"),
+    ],
+)
+def test_a_file_that_cannot_be_shown_is_refused_without_a_model(
+    home: Path, tmp_path: Path, name: str, content: bytes | int | None, what: str, fix: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.mp4").write_bytes(b"")
+    if isinstance(content, int):
+        content = (home / "corpus" / "dark.mkv").read_bytes()[:content]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        ChatModel(cast(Any, None), home_at(home / "parts")).see(tmp_path / name)
+    assert caught.value.where == str(tmp_path / name)
+    assert caught.value.what.startswith(what)
+    assert fix in caught.value.fix
+
+
+def test_a_device_that_is_none_is_refused_before_the_model_is_looked_for() -> None:
+    with pytest.raises(RecipeError, match="'gpu' is not a device"):
+        ChatModel.open("no model here", device="gpu")
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_the_negative_control_averages_begun_anew_are_noticed(tmp_path: Path, mo
     whole = run(tmp_path, "whole", ON)
     with pytest.raises(Stopped):
         run(tmp_path, "cut", ON, monitor=AtStep(6))
-    monkeypatch.setattr("thawline.train.session.Ema", lambda settings, model, kept: Ema(settings, model, {}))
+    monkeypatch.setattr("thawline.train.opening.Ema", lambda settings, model, kept: Ema(settings, model, {}))
     assert bits(run(tmp_path, "cut", ON).dir) != bits(whole.dir)
 
 

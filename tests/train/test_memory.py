@@ -267,14 +267,14 @@ def test_an_evaluation_that_does_not_fit_is_begun_anew_in_halves_and_training_is
     cramped = loop.train(recipe, CrampedEvaluation(2), tmp_path / "cramped")
     splits = [e for e in read_rows(cramped.dir / "events.jsonl") if e["event"] == "out of memory"]
     assert [(e["step"], e["during"], e["split"]) for e in splits] == [(7, "evaluation", 2)]
-    begin = loop.Session.open
+    begin = loop.open_session
 
     def cut(*args: Any) -> Any:
         session = begin(*args)
         session.state = replace(session.state, valid_split=2)
         return session
 
-    monkeypatch.setattr(loop.Session, "open", cut)
+    monkeypatch.setattr(loop, "open_session", cut)
     chosen = loop.train(recipe, ToyTask(), tmp_path / "chosen")
     assert sums(cramped.dir / "model") == sums(chosen.dir / "model")
     assert (cramped.dir / "metrics.jsonl").read_bytes() == (chosen.dir / "metrics.jsonl").read_bytes()

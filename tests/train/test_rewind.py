@@ -76,7 +76,7 @@ def test_a_run_goes_back_to_the_last_whole_checkpoint_and_past_the_batches_since
 def test_it_ends_as_a_run_that_never_had_those_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_recipe(tmp_path)
     back = run(tmp_path, "back", BACK, task=CursedTask())
-    monkeypatch.setattr("thawline.train.session.BatchPlan", Shorter)
+    monkeypatch.setattr("thawline.train.opening.BatchPlan", Shorter)
     monkeypatch.setattr("thawline.train.session.Session.total_steps", 21)  # the horizon of the schedule stays
     never = run(tmp_path, "never", BACK, task=CursedTask())
     assert not events(never.dir, "skipped step")
@@ -94,7 +94,7 @@ def test_where_it_goes_back_to_does_not_depend_on_stops(tmp_path: Path, stop_aft
     assert bits(again.dir) == bits(whole.dir)
 
 
-@pytest.mark.parametrize("at", ["rewind.give_up_after", "rewind.save_checkpoint", "loop.Session.open"])
+@pytest.mark.parametrize("at", ["rewind.give_up_after", "rewind.save_checkpoint", "loop.open_session"])
 def test_killed_while_it_goes_back_it_goes_back_all_the_same(tmp_path: Path, at: str) -> None:
     write_recipe(tmp_path)
     whole = run(tmp_path, "whole", BACK, task=CursedTask())

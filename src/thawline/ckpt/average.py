@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from thawline.ckpt.formats.casting import FLOATING, cast
 from thawline.ckpt.formats.pieces import Computed, Planned, chunks
+from thawline.ckpt.formats.thawline_run import ALONE
 from thawline.ckpt.source import Source
+from thawline.core.index import is_adapter
 from thawline.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -27,18 +29,21 @@ _INTEGERS: Final = {
 }  # fmt: skip
 
 
-def average(sources: Sequence[Source]) -> Source:
+def average(sources: Sequence[Source], *, labels: Sequence[str] = ()) -> Source:
     """Mean over the sources of each tensor, with the first one's order, ties, configuration and sidecars.
 
-    Raises CheckpointError, before anything is read, if there is no source, if names, shapes or element types differ, or
-    if an element type has no mean; and while reading at booleans that differ.
+    labels: what they are called in the note about it; their own names if not given
+    Raises CheckpointError, before anything is read, if there is no source, if one is no whole model, if names, shapes
+    or element types differ, or if an element type has no mean; and while reading at booleans that differ.
     """
     if not sources:
         raise CheckpointError("there is nothing to average", fix="give at least one checkpoint")
     first = sources[0]
+    for source in sources:
+        _refuse_part(source)
     for other in sources[1:]:
         _refuse_strangers(first, other)
-    names = ", ".join(source.path.name for source in sources)
+    names = ", ".join(labels or [source.path.name for source in sources])
     plan = replace(
         first.plan,
         format=f"mean of {len(sources)} x {first.format}",
@@ -47,6 +52,21 @@ def average(sources: Sequence[Source]) -> Source:
         notes=(*first.notes, f"the mean of {names}"),
     )
     return Source(first.path, plan)
+
+
+def _refuse_part(source: Source) -> None:
+    if source.format == ALONE:
+        raise CheckpointError(
+            f"is a delta: {len(source.not_held)} tensors are in its base only",
+            where=str(source.path),
+            fix="give the base (--base)",
+        )
+    if source.format.startswith(ALONE) and any(map(is_adapter, source.names)):
+        raise CheckpointError(
+            "holds LoRA adapters beside the weights, and a mean of factors is not the mean of what they add",
+            where=str(source.path),
+            fix="average the run itself, which knows their scale",
+        )
 
 
 def _refuse_strangers(first: Source, other: Source) -> None:
@@ -80,7 +100,8 @@ def _mean(name: str, sources: Sequence[Source]) -> Planned:
         for pieces in zip(*streams, strict=True):
             yield _mean_of(pieces, name, info.dtype, labels)
 
-    return Planned(info=replace(info, origin=ORIGIN), parts=(Computed(tensors, make),))
+    tied = info.tied_to if all(tensor.info.tied_to == info.tied_to for tensor in tensors) else None
+    return Planned(info=replace(info, origin=ORIGIN, tied_to=tied), parts=(Computed(tensors, make),))
 
 
 def _mean_of(pieces: Sequence[bytes], name: str, dtype: str, labels: Sequence[str]) -> memoryview:

@@ -21,6 +21,7 @@ from thawline.ckpt.engine import Engine, Job, Work, same_values
 from thawline.ckpt.formats import whisper_names
 from thawline.ckpt.formats.casting import FLOATING
 from thawline.ckpt.formats.pieces import Planned, chunks
+from thawline.ckpt.naming import shown
 from thawline.ckpt.remote import is_url, local_path
 from thawline.ckpt.rename import Rename, renamed
 from thawline.ckpt.source import Source, open_source
@@ -106,12 +107,12 @@ class ConversionReport:
             ("values from", ", ".join(f"{origin}: {n}" for origin, n in Counter(self.origins.values()).items())),
             ("element types", ", ".join(f"{dtype} x {count}" for dtype, count in self.dtypes.items())),
             ("changed", ", ".join(f"{change}: {count}" for change, count in changes.items())),
-            ("tied names", ", ".join(f"{alias} = {kept}" for alias, kept in self.tied.items())),
+            ("tied names", ", ".join(f"{shown(alias)} = {shown(kept)}" for alias, kept in self.tied.items())),
             ("fingerprint", self.fingerprint),
             ("verified", "read again, every digest equal" if self.verified else "no"),
             ("seconds", f"{self.seconds:.2f}"),
-            *(("left out", name) for name in self.dropped[:20]),
-            *(("not held", f"{name}: {why}") for name, why in list(self.not_held.items())[:20]),
+            *(("left out", shown(name)) for name in self.dropped[:20]),
+            *(("not held", f"{shown(name)}: {why}") for name, why in list(self.not_held.items())[:20]),
             *(("note", note) for note in self.notes),
         ]
         return "\n".join(f"{key:14} {value}" for key, value in rows if value)
@@ -343,7 +344,7 @@ def _refuse_unmerged(source: Source, to: str) -> None:
         raise CheckpointError(
             f"holds LoRA adapters beside the weights that they change, which {to} has no place for",
             where=str(source.path),
-            fix="thawline export RUN DST --step N merges them, as does the run's model/; or write safetensors as it is",
+            fix="a delta of an older Thawline does not say how to add them: export its run (thawline export RUN DST)",
         )
     if source.format == "peft adapter":
         raise CheckpointError(

@@ -19,7 +19,9 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from thawline.ckpt import store, tensorfile
+from thawline.ckpt.formats import thawline_run
 from thawline.ckpt.manifest import FileEntry
+from thawline.core.adapter import Adapter, factors
 from thawline.core.digest import digest_tensor, fingerprint
 from thawline.errors import BaseMismatch, CheckpointError
 
@@ -38,14 +40,17 @@ class BaseRef:
 
     fingerprint: digest over name, dtype, shape and bytes of every tensor
     digests:     name -> digest, of every tensor (parameters and persistent buffers, each tied name)
-    path:        where it was when it was read; for messages only
+    path:        where it was when it was read; for messages, and for finding it again
     below:       fingerprints of what it was itself made over, lowest first; empty for a base of its own
+    made:        names that are not in the base's files as they are here: whoever built the model for a run made them
+                 (a new head, other units)
     """
 
     fingerprint: str
     digests: Mapping[str, str]
     path: str = ""
     below: tuple[str, ...] = ()
+    made: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, tensors: nn.Module | Tensors, *, path: str = "", below: Sequence[str] = ()) -> BaseRef:
@@ -60,6 +65,7 @@ class BaseRef:
             "fingerprint": self.fingerprint,
             "path": self.path,
             "below": list(self.below),
+            **({"made": sorted(self.made)} if self.made else {}),
             "digests": dict(sorted(self.digests.items())),
         }
 
@@ -74,6 +80,7 @@ class BaseRef:
                 digests={str(name): str(digest) for name, digest in value["digests"].items()},
                 path=str(value["path"]),
                 below=tuple(str(item) for item in value["below"]),
+                made=tuple(str(item) for item in value.get("made", ())),
             )
             if fingerprint(found.digests) != found.fingerprint:
                 raise ValueError("its digests do not give its fingerprint")
@@ -116,6 +123,7 @@ class Delta:
     copied:  new name -> name in the base that holds the same bytes (a module that was wrapped or renamed)
     removed: names of the base that are no more
     merged:  for a run with LoRA: whether the adapters are merged into the weights; None without LoRA
+    adapters: the LoRA adapters that it adds, by the path of the layer, with what their factors do not say
     """
 
     base: BaseRef
@@ -124,6 +132,7 @@ class Delta:
     copied: Mapping[str, str] = field(default_factory=dict)
     removed: tuple[str, ...] = ()
     merged: bool | None = None
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
 
     @cached_property
     def changed(self) -> tuple[str, ...]:
@@ -134,6 +143,11 @@ class Delta:
     def added(self) -> tuple[str, ...]:
         """Names that the base does not have (a new head, adapters), copied ones included."""
         return tuple(sorted(name for name in (*self.tensors, *self.copied) if name not in self.base.digests))
+
+    @property
+    def from_base(self) -> frozenset[str]:
+        """Names of the base's tensors whose bytes are needed; the others are held here, or are no more."""
+        return frozenset(set(self.base.digests) - set(self.tensors) - set(self.removed)) | set(self.copied.values())
 
     @cached_property
     def result(self) -> BaseRef:
@@ -146,7 +160,14 @@ class Delta:
         )
 
 
-def delta_of(base: BaseRef, tensors: Tensors, *, complete: bool = True, merged: bool | None = None) -> Delta:
+def delta_of(
+    base: BaseRef,
+    tensors: Tensors,
+    *,
+    complete: bool = True,
+    merged: bool | None = None,
+    adapters: Mapping[str, Adapter] = {},
+) -> Delta:
     """What differs from the base, by digest.
 
     tensors:  the whole model's, or with `complete=False` those that may have changed (the others are taken as they are
@@ -157,7 +178,9 @@ def delta_of(base: BaseRef, tensors: Tensors, *, complete: bool = True, merged: 
     digests: dict[str, str] = {}
     copied: dict[str, str] = {}
     seen: set[str] = set()
-    sources = {digest: name for name, digest in sorted(base.digests.items(), reverse=True)}
+    # What is not in the base's files cannot be copied from there by whoever has the files and the delta alone.
+    made = frozenset(base.made)
+    sources = {digest: name for name, digest in sorted(base.digests.items(), reverse=True) if name not in made}
     for name, tensor in _pairs(tensors):
         seen.add(name)
         digest = digest_tensor(tensor)
@@ -168,7 +191,9 @@ def delta_of(base: BaseRef, tensors: Tensors, *, complete: bool = True, merged: 
         else:
             kept[name], digests[name] = tensor.detach(), digest
     removed = tuple(sorted(set(base.digests) - seen)) if complete else ()
-    return Delta(base=base, tensors=kept, digests=digests, copied=copied, removed=removed, merged=merged)
+    return Delta(
+        base=base, tensors=kept, digests=digests, copied=copied, removed=removed, merged=merged, adapters=adapters
+    )
 
 
 def check_base(want: BaseRef, have: BaseRef, *, source: str = "") -> None:
@@ -189,8 +214,7 @@ def check_base(want: BaseRef, have: BaseRef, *, source: str = "") -> None:
     for what, names in (("differ", differing), ("are missing", missing), ("are unknown to it", unexpected)):
         if names:
             lines.append(f"  {len(names)} of {len(want.digests)} tensors {what}, first: {_first(names)}")
-    if have.fingerprint in want.below:
-        lines.append("  the given one lies below: a delta made over it has to be applied first")
+    lines += thawline_run.lies_below(want.below, {have.fingerprint}, want.path)
     fix = f"give the base it was made from{f', recorded as {want.path}' if want.path else ''} (--base)"
     raise BaseMismatch("\n".join(lines), where=source, fix=fix)
 
@@ -281,6 +305,11 @@ def compose(first: Delta, second: Delta, *, source: str = "") -> Delta:
         copied={name: origin for name, origin in copied.items() if base.digests.get(name) != final[name]},
         removed=tuple(sorted(set(base.digests) - set(final))),
         merged=first.merged if second.merged is None else second.merged,
+        adapters={
+            path: adapter
+            for path, adapter in {**first.adapters, **second.adapters}.items()
+            if any(name in final for pair in factors(path) for name in pair)
+        },
     )
 
 
@@ -319,6 +348,9 @@ def metadata_of(delta: Delta) -> tuple[dict[str, str], dict[str, Tensor]]:
         "removed": _json(sorted(delta.removed)),
         "merged": _json(delta.merged),
     }
+    if delta.adapters:
+        records = {path: adapter.to_json() for path, adapter in sorted(delta.adapters.items())}
+        metadata[thawline_run.ADAPTERS] = _json(records)
     return metadata | {"check": _check(metadata)}, stored
 
 
@@ -355,6 +387,7 @@ def read_delta(path: Path, entry: FileEntry | None = None) -> Delta:
             copied=json.loads(metadata["copied"]),
             removed=tuple(json.loads(metadata["removed"])),
             merged=json.loads(metadata["merged"]),
+            adapters=thawline_run.adapters_in(metadata, {n: tuple(t.shape) for n, t in tensors.items()}),
         )
         if set(found.digests) != set(tensors):
             raise ValueError(f"tensors and digests are of different names: {_first(set(found.digests) ^ set(tensors))}")

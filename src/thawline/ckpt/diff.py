@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from thawline.ckpt.naming import shown
 from thawline.core.digest import DTYPES
 
 Status = Literal["same", "changed", "added", "removed"]
@@ -99,7 +100,7 @@ class Diff:
             ]
             rows.append(
                 (
-                    block.name,
+                    shown(block.name),
                     f"{block.tensors}",
                     ", ".join(words),
                     _share(block.differing, block.elements),

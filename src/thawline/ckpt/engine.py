@@ -98,7 +98,12 @@ class Engine:
         run_all(self.workers, [(one, (name,)) for name in names])
         run_all(self.workers, [(region.check, ()) for region in checks])
         for name, spot in spots.items():
-            self.digests[name] = self.digests[first[spot]]
+            kept = first[spot]
+            if name != kept and not same_values(self.work.jobs[name].tensor, self.work.jobs[kept].tensor):
+                raise CheckpointError(
+                    f"{name!r} is called tied to {kept!r}, and their values differ", where=str(self.work.source.path)
+                )
+            self.digests[name] = self.digests[kept]
 
     def _one(self, file: store.Direct, place: int, job: Job, checksum: bool) -> None:
         have, want = job.tensor.info.dtype, job.info.dtype

@@ -13,20 +13,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from blake3 import blake3
-
 from thawline.ckpt import adapters
-from thawline.ckpt.formats import dcp, huggingface, safetensors_file, thawline_run, torch_pt, wenet, whisper_names, zero
+from thawline.ckpt.formats import dcp, huggingface, safetensors_file, thawline_run, torch_pt, wenet, zero
 from thawline.ckpt.formats.mapped import CHUNK_BYTES
 from thawline.ckpt.formats.pieces import Plan, Planned, TensorInfo, chunks, read, regions
+from thawline.ckpt.recognition import BASE, first_of, matched, recognised, respelt
+from thawline.ckpt.tensor_digest import digest, digest_of
+from thawline.core.adapter import Adapter
 from thawline.core.digest import fingerprint
+from thawline.core.index import is_adapter
 from thawline.errors import BaseMismatch, CheckpointError
 
 __all__ = ["Source", "TensorInfo", "digest", "open_source"]
 
-BASE: Final = "base"
 EMA: Final = "average (EMA)"
-_SHOWN: Final = 5
 
 
 class Source:
@@ -38,11 +38,17 @@ class Source:
     not_held: names that it mentions and cannot give, with the reason
     sidecars: files that travel with the weights: name at the target -> path
     config:   the model's configuration, if one lies beside the weights
+    adapters: LoRA adapters that it holds apart from the weights that they change, by the path of the layer
+    below:    fingerprints of what it was made over, lowest first, where it is one of our runs or deltas
     """
 
-    def __init__(self, path: Path, plan: Plan) -> None:
+    def __init__(
+        self, path: Path, plan: Plan, *, adapters: Mapping[str, Adapter] | None = None, below: tuple[str, ...] = ()
+    ) -> None:
         self.path = path
         self.plan = plan
+        self.adapters = dict(adapters or {})
+        self.below = below
         self.format = plan.format
         self.notes = plan.notes
         self.not_held = plan.not_held
@@ -82,9 +88,8 @@ class Source:
         return chunks(tensor, chunk_bytes)
 
     def digest(self, name: str) -> str:
-        """Digest of a tensor, as `core.digest.digest_bytes` gives it."""
-        tensor = self._planned(name)
-        return digest(tensor.info.dtype, tensor.info.shape, self.chunks(name))
+        """Digest of a tensor, as `core.digest.digest_bytes` gives it; checksums compared."""
+        return digest_of(self._planned(name))
 
     def fingerprint(self) -> str:
         """Fingerprint over all tensors: which model this is."""
@@ -94,6 +99,14 @@ class Source:
         """The same source with these tensors alone, without sidecars and configuration. The files stay this one's."""
         tensors = {name: self._planned(name) for name in names}
         return Source(self.path, Plan(format=self.format, tensors=tensors, files=self.plan.files))
+
+    def merged(self) -> Source:
+        """The same with its adapters added into the weights, under the names of a model without any; itself if it holds
+        none. Raises CheckpointError where they do not fit."""
+        if not self.adapters:
+            return self
+        plan = adapters.merge_recorded(self.plan, self.adapters, path=self.path)
+        return Source(self.path, plan, below=self.below)
 
     def close(self) -> None:
         """Let go of the files; bytes already handed out stay valid."""
@@ -128,6 +141,7 @@ def open_source(
     base: Path | str | None = None,
     alone: bool = False,
     below: bool = False,
+    apart: bool = False,
 ) -> Source:
     """Open any checkpoint file or folder.
 
@@ -136,8 +150,12 @@ def open_source(
     only: "weights" as they were trained, or "ema" for the averaged copy kept beside them; None: what the checkpoint is
           for, which for a finished run is its result (averaged, where the run has `run.ema`)
     base: what gives the tensors that the checkpoint itself leaves out; for our deltas it is checked by digest
-    alone: a run's checkpoint whose base is not there any more is opened without it, as a delta file is
+    alone: what was changed is what counts: a delta file is opened without its base, and a run's checkpoint where that
+           is not there any more. Otherwise both are put over the base that they record; a delta file is opened without
+           one where it is not there
     below: it is to be a base, so a delta file is put over the base that it records
+    apart: LoRA adapters of our runs and deltas stay beside the weights, as they were trained and as a delta over them
+           knows them; otherwise they are merged, as far as their scale is recorded
 
     Raises CheckpointError naming the file and the cause, BaseMismatch if the base is another one.
     """
@@ -145,11 +163,11 @@ def open_source(
     if only not in (None, "weights", "ema"):
         raise CheckpointError(f"{only!r} cannot be asked for", where=str(path), fix="ask for 'weights' or 'ema'")
     for place in (path, *([Path(base)] if base is not None else [])):
-        _refuse_absent(place)
+        refuse_absent(place)
     try:
         source = _open(path, tag, only, Path(base) if base is not None else None, alone=alone, below=below)
         "".join(source.names).encode()  # a name that is no text fails here, as damage
-        return source
+        return source if apart or below else source.merged()
     except OSError as exc:
         raise CheckpointError(f"cannot be read: {exc.strerror or exc}", where=str(exc.filename or path)) from exc
     except (TypeError, KeyError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as exc:
@@ -160,20 +178,24 @@ def open_source(
         ) from exc
 
 
-def _refuse_absent(path: Path) -> None:
-    if not path.exists():
-        near = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
-        raise CheckpointError(
-            "does not exist", where=str(path), fix=f"beside it are: {', '.join(near)}" if near else "check the path"
-        )
+def refuse_absent(path: Path) -> None:
+    """Raise CheckpointError, naming what lies near, where there is nothing at `path`."""
+    if path.exists():
+        return
+    from thawline.core.config import near_names
 
-
-def digest(dtype: str, shape: tuple[int, ...], data: Iterator[memoryview]) -> str:
-    """Digest of a tensor given a piece at a time; equals `core.digest.digest_bytes` of the whole."""
-    hasher = blake3(f"{dtype}[{','.join(map(str, shape))}]".encode() + b"\0")
-    for piece in data:
-        hasher.update(piece)
-    return str(hasher.hexdigest())
+    beside = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
+    near = near_names(path.name, beside)
+    more = ", ..." if len(beside) > 8 else ""
+    raise CheckpointError(
+        "does not exist",
+        where=str(path),
+        fix=f"did you mean {path.parent / near[0]}?"
+        if near
+        else f"beside it are: {', '.join(beside[:8])}{more}"
+        if beside
+        else "check the path",
+    )
 
 
 def _open(
@@ -184,7 +206,8 @@ def _open(
     if thawline_run.is_run(path):
         model = path / "model"
         if tag is None and base is None and only is None and model.is_dir():
-            return _with_notes(_open(model, None, None, None), (f"a run: its result {model} is meant",))
+            result = _with_notes(_open(model, None, None, None), (f"a run: its result {model} is meant",))
+            return Source(result.path, result.plan, below=thawline_run.made_over(path))
         if tag is not None:
             path, tag = thawline_run.checkpoint_called(path, tag), None
         else:
@@ -198,12 +221,12 @@ def _open(
     if thawline_run.is_delta(path):
         if only == "ema":
             raise _no_averages(path, "a delta")
-        return _delta(path, thawline_run.read_delta(path), base, look=below, must=below)
+        return _delta(path, thawline_run.read_delta(path), base, look=not alone, must=below)
     plan = _plan(path, tag, only or "weights")
     if only == "ema" and not plan.format.startswith("averaged"):
         raise _no_averages(path, plan.format)
     if base is None:
-        return Source(path, plan)
+        return Source(path, plan, below=thawline_run.made_over(path))
     under = _open(base, None, None, None, below=True)
     if plan.format.startswith("peft"):
         return Source(path, adapters.merge(plan, under.plan, path=path, base_path=base))
@@ -215,7 +238,9 @@ def _plan(path: Path, tag: str | None, only: str) -> Plan:
         if torch_pt.looks_like(path):
             return torch_pt.plan(path, only=only)
         if safetensors_file.looks_like(path):
-            return safetensors_file.plan(path)
+            plan = safetensors_file.plan(path)
+            moments = plan.metadata.get("thawline", "").startswith("optimizer/")
+            return replace(plan, notes=(*plan.notes, "the moments of an optimizer, not weights")) if moments else plan
         raise CheckpointError(
             "is no checkpoint file that is known: neither torch's nor safetensors",
             where=str(path),
@@ -263,7 +288,8 @@ def _one_only(path: Path, tag: str) -> CheckpointError:
 
 
 def _with_notes(source: Source, notes: tuple[str, ...]) -> Source:
-    return Source(source.path, replace(source.plan, notes=(*notes, *source.plan.notes)))
+    plan = replace(source.plan, notes=(*notes, *source.plan.notes))
+    return Source(source.path, plan, adapters=source.adapters, below=source.below)
 
 
 def _over(path: Path, plan: Plan, base: Source) -> Plan:
@@ -289,11 +315,18 @@ def _over(path: Path, plan: Plan, base: Source) -> Plan:
         name: plan.tensors[name] if name in plan.tensors else planned.renamed(name, origin=BASE)
         for name, planned in base.plan.tensors.items()
     }
+    # What the base ties to a tensor that the checkpoint has, and the checkpoint does not list, is that tensor.
+    followers = [n for n, t in tensors.items() if n not in plan.tensors and t.info.tied_to in plan.tensors]
+    for name in followers:
+        kept = str(tensors[name].info.tied_to)
+        tensors[name] = plan.tensors[kept].renamed(name, tied_to=kept)
     new = [name for name in plan.tensors if name not in base]
     tensors |= {name: plan.tensors[name] for name in new}
-    notes = [f"{len(tensors) - len(plan.tensors)} tensors were taken from the base {base.path}"]
+    notes = [f"{len(tensors) - len(plan.tensors) - len(followers)} tensors were taken from the base {base.path}"]
+    if followers:
+        notes.append(f"tied in the base, and so as in the checkpoint: {first_of(followers)}")
     if new:
-        notes.append(f"{len(new)} tensors are not in the base: {_first(new)}")
+        notes.append(f"{len(new)} tensors are not in the base: {first_of(new)}")
     return replace(
         plan,
         tensors=tensors,
@@ -314,7 +347,7 @@ def _averaged(source: Source) -> Source:
     averages, file = thawline_run.read_averages(source.path)
     unknown = sorted(set(averages) - set(tensors))
     if unknown:
-        raise CheckpointError(f"keeps averages of what it does not hold: {_first(unknown)}", where=str(source.path))
+        raise CheckpointError(f"keeps averages of what it does not hold: {first_of(unknown)}", where=str(source.path))
     for name, average in averages.items():
         own = tensors[name].info
         info = replace(own, origin=EMA, tied_to=average.info.tied_to)
@@ -325,102 +358,84 @@ def _averaged(source: Source) -> Source:
         files=(*source.plan.files, file),
         notes=(*source.notes, f"{len(averages)} tensors are averages over the run (EMA)"),
     )
-    return Source(source.path, plan)
+    return Source(source.path, plan, adapters=source.adapters, below=source.below)
 
 
 def _delta(path: Path, delta: thawline_run.DeltaPlan, base: Path | None, *, look: bool, must: bool) -> Source:
     """A delta over its base, every tensor of the base checked by digest; or, where allowed, the delta alone."""
+    below = (*delta.below, delta.fingerprint)
     if base is None:
         recorded = Path(delta.base_path) if look and delta.base_path else None
         if recorded is None or not recorded.exists():
             if not must:
-                return Source(path, thawline_run.plan_alone(delta))
-            raise CheckpointError(
-                f"is a delta over a base that is not given; it was {delta.base_path or 'not recorded'} "
-                f"(fingerprint {delta.fingerprint[:16]})",
-                where=str(path),
-                fix="give the base (--base)",
-            )
+                return Source(path, thawline_run.plan_alone(delta), below=below)
+            raise _no_base(path, delta)
         base = recorded
     under = _open(base, None, None, None, below=True)
-    tensors = _base_tensors(path, delta, under)
+    found = recognised(path, delta, under.plan, under.path)
+    copies: dict[str, list[str]] = {}
     for copy, origin in delta.copied.items():
-        tensors[copy] = tensors[origin].renamed(copy)
-    for name in delta.removed:
-        tensors.pop(name, None)
-    tensors.update(delta.tensors)
+        copies.setdefault(origin, []).append(copy)
+    tensors: dict[str, Planned] = {}
+    for name, tensor in found.tensors.items():  # in the base's order; a layer that was wrapped stays in its place
+        tensors |= {copy: tensor.renamed(copy) for copy in copies.get(name, ())}
+        if name not in delta.removed:
+            tensors[name] = tensor
+    tensors |= delta.tensors
+    digests = {**delta.base, **{copy: delta.base[origin] for copy, origin in delta.copied.items()}, **delta.digests}
+    tensors = {name: _tied_while_same(name, tensor, digests) for name, tensor in tensors.items()}
+    notes = [f"{len(tensors) - len(delta.tensors)} tensors were taken from the base {base}"]
+    if found.other:
+        notes.append(
+            f"{len(found.other)} tensors are not as in the base's files, first: {first_of(found.other)}; what lies "
+            "there beside the weights (configuration, units, classes) is not of this model and was left out"
+        )
+    adapted = {
+        path: adapter
+        for path, adapter in {**under.adapters, **delta.adapters}.items()
+        if f"{path}.base_layer.weight" in tensors
+    }
+    if not adapted and any(is_adapter(name) and name not in delta.base for name in delta.tensors):
+        notes.append("it holds LoRA adapters, and not what they are scaled by: it was written by an older Thawline")
     plan = Plan(
         format="thawline delta over its base",
         tensors=tensors,
         files=(delta.file, *under.plan.files),
-        notes=(f"{len(tensors) - len(delta.tensors)} tensors were taken from the base {base}",),
-        sidecars=under.sidecars,
-        config=under.config,
+        notes=tuple(notes),
+        sidecars={} if found.other else under.sidecars,
+        config=None if found.other else under.config,
     )
-    return Source(path, plan)
+    return Source(path, plan, adapters=adapted, below=below)
 
 
-def _base_tensors(path: Path, delta: thawline_run.DeltaPlan, base: Source) -> dict[str, Planned]:
-    """The base's tensors as the delta knows them. Raises BaseMismatch naming both and what differs.
+def _tied_while_same(name: str, tensor: Planned, digests: Mapping[str, str]) -> Planned:
+    """The tensor; no longer tied, where only one of the two was changed."""
+    kept = tensor.info.tied_to
+    return tensor if kept is None or digests[name] == digests.get(kept) else tensor.renamed(name, tied_to=None)
 
-    A base may be kept in another element type or another spelling than the model was trained in; every tensor is taken
-    as it is or widened, whichever has the recorded digest. One that the run gave another shape before it began (changed
-    units) is not in the base's files, and need not be where the delta holds it whole.
+
+def _no_base(path: Path, delta: thawline_run.DeltaPlan) -> CheckpointError:
+    return CheckpointError(
+        f"is a delta over a base that is not given; it was {delta.base_path or 'not recorded'} "
+        f"(fingerprint {delta.fingerprint[:16]})",
+        where=str(path),
+        fix="give the base (--base); where this is itself a base, first make it whole over its own: "
+        f"thawline convert {path} FULL --to safetensors --base BASE",
+    )
+
+
+def made_by_builder(wanted: Mapping[str, str], path: Path | str) -> tuple[str, ...]:
+    """Names of a model that was built from the files at `path`, which are not in those files as they are in the model.
+
+    wanted: the model's digests, by name. None is made where the files are no checkpoint of one place, or all are spelt
+    otherwise there.
     """
-    have = dict(base.plan.tensors)
-    if not set(delta.base) <= set(have):
-        have |= _respelt(delta, have)
-    found: dict[str, Planned] = {}
-    digests: dict[str, str] = {}
-    differing: list[str] = []
-    for name, wanted in delta.base.items():
-        tensor = have.get(name)
-        if tensor is None:
-            continue
-        for region in regions(tensor):
-            region.check()
-        digests[name] = _digest(tensor)
-        wide = replace(tensor, info=replace(tensor.info, dtype="F32"), stored=tensor.info.dtype)
-        if digests[name] == wanted:
-            found[name] = tensor.renamed(name, origin=BASE)
-        elif tensor.info.dtype in ("F16", "BF16") and _digest(wide) == wanted:
-            found[name] = wide.renamed(name, origin=BASE)
-        else:
-            differing.append(name)
-    remade = {name for name in delta.tensors if name not in delta.copied.values() and _reshaped(name, delta, have)}
-    differing = [name for name in differing if name not in remade]
-    missing = sorted(set(delta.base) - set(have))
-    if differing or missing:
-        lines = [
-            "belongs to another base",
-            f"  made over: {delta.fingerprint}" + (f" ({delta.base_path})" if delta.base_path else ""),
-            f"  given:     {fingerprint(digests)} ({base.path})",
-        ]
-        if differing:
-            lines.append(f"  {len(differing)} of {len(delta.base)} tensors differ, first: {_first(differing)}")
-        if missing:
-            lines.append(f"  {len(missing)} of {len(delta.base)} tensors are missing, first: {_first(missing)}")
-        recorded = f", recorded as {delta.base_path}" if delta.base_path else ""
-        raise BaseMismatch("\n".join(lines), where=str(path), fix=f"give the base it was made from{recorded} (--base)")
-    return found
-
-
-def _reshaped(name: str, delta: thawline_run.DeltaPlan, have: Mapping[str, Planned]) -> bool:
-    return name in have and have[name].info.shape != delta.tensors[name].info.shape
-
-
-def _digest(tensor: Planned) -> str:
-    return digest(tensor.info.dtype, tensor.info.shape, chunks(tensor))
-
-
-def _respelt(delta: thawline_run.DeltaPlan, have: Mapping[str, Planned]) -> dict[str, Planned]:
-    """The base's tensors under the names that the delta uses, where both are a Whisper in different spellings."""
-    mine, theirs = whisper_names.spelling(delta.base), whisper_names.spelling(have)
-    if mine is None or theirs is None or mine == theirs:
-        return {}
-    return dict(whisper_names.respell(have, theirs, mine))
-
-
-def _first(names: Iterable[str]) -> str:
-    ordered = list(names)
-    return ", ".join(map(repr, ordered[:_SHOWN])) + (", ..." if len(ordered) > _SHOWN else "")
+    try:
+        with open_source(path, below=True) as source:
+            have = dict(source.plan.tensors)
+            if not set(wanted) <= set(have):
+                have |= respelt(wanted, have)
+            found, _ = matched(wanted, have)
+            return tuple(sorted(set(wanted) - set(found))) if found else ()
+    except CheckpointError:
+        return ()

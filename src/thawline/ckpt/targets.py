@@ -19,9 +19,11 @@ from thawline.ckpt import store, whisper_files
 from thawline.ckpt.engine import Engine, Job, Work, run_all, same_values, unlike
 from thawline.ckpt.formats import huggingface, safetensors_header, thawline_run, torch_layout
 from thawline.ckpt.formats.mapped import MappedFile
-from thawline.ckpt.formats.pieces import Planned, chunks, regions
+from thawline.ckpt.formats.pieces import Planned
 from thawline.ckpt.formats.torch_archive import open_archive
-from thawline.ckpt.source import digest, open_source
+from thawline.ckpt.remote import is_url
+from thawline.ckpt.source import open_source
+from thawline.ckpt.tensor_digest import digest_of
 from thawline.ckpt.verify import structure_problems
 from thawline.core.digest import fingerprint
 from thawline.errors import CheckpointError
@@ -188,6 +190,12 @@ def _shards(work: Work, names: Sequence[str], limit: int) -> dict[str, list[str]
 def to_delta(engine: Engine, dst: Path, force: bool, base: Path, label: str) -> list[Path]:
     """What differs from a base, in the form that `ckpt.delta` reads."""
     work = engine.work
+    if work.source.format == thawline_run.ALONE:
+        raise CheckpointError(
+            "is itself a delta, and what it was made over is not there",
+            where=str(work.source.path),
+            fix=f"make it whole first: thawline convert {work.source.path} FULL --to safetensors --base BASE",
+        )
     with open_source(base, below=True) as under:
         base_digests = _digests(under.plan.tensors, engine)
         mine = {
@@ -213,8 +221,8 @@ def to_delta(engine: Engine, dst: Path, force: bool, base: Path, label: str) -> 
         }
         reference = {
             "fingerprint": fingerprint(base_digests),
-            "path": label,
-            "below": [],
+            "path": label if is_url(label) else os.path.abspath(label),
+            "below": list(under.below),
             "digests": dict(sorted(base_digests.items())),
         }
         metadata = {
@@ -245,10 +253,7 @@ def _digests(tensors: Mapping[str, Planned], engine: Engine) -> dict[str, str]:
     found: dict[str, str] = {}
 
     def one(name: str) -> None:
-        tensor = tensors[name]
-        for region in regions(tensor):
-            region.check()
-        found[name] = digest(tensor.info.dtype, tensor.info.shape, chunks(tensor, engine.chunk))
+        found[name] = digest_of(tensors[name], engine.chunk)
 
     run_all(engine.workers, [(one, (name,)) for name in tensors])
     return found

@@ -17,11 +17,13 @@ from pathlib import Path
 
 from thawline.ckpt.formats.huggingface import tied_name
 from thawline.ckpt.formats.pieces import TensorInfo
-from thawline.ckpt.source import Source, open_source
+from thawline.ckpt.naming import shown
+from thawline.ckpt.source import Source, open_source, refuse_absent
 from thawline.ckpt.transfer import fetched
 from thawline.core.digest import fingerprint
 from thawline.errors import CheckpointError
 
+_SHOWN = 20
 _LAYER = re.compile(r"(.*?\b(?:layers|h|blocks|block))\.(\d+)\.")
 
 
@@ -81,12 +83,13 @@ class VerifyReport:
             ("format", self.format or "unknown"),
             ("tensors", f"{self.tensors}, {self.bytes:,} bytes"),
             ("element types", ", ".join(f"{dtype} x {count}" for dtype, count in self.dtypes.items())),
-            ("tied names", ", ".join(f"{alias} = {kept}" for alias, kept in self.tied.items())),
+            ("tied names", ", ".join(f"{shown(alias)} = {shown(kept)}" for alias, kept in self.tied.items())),
             ("fingerprint", self.fingerprint),
             ("result", "whole" if self.ok else "BROKEN"),
             *(("problem", problem) for problem in self.problems),
             *(("note", note) for note in self.notes),
-            *(("not held", f"{name}: {why}") for name, why in list(self.not_held.items())[:20]),
+            *(("not held", f"{shown(name)}: {why}") for name, why in list(self.not_held.items())[:_SHOWN]),
+            ("not held", f"and {len(self.not_held) - _SHOWN} more" if len(self.not_held) > _SHOWN else ""),
         ]
         return "\n".join(f"{key:14} {value}" for key, value in rows if value)
 
@@ -103,10 +106,9 @@ def verify(path: Path | str, *, tag: str | None = None, base: Path | str | None 
 
 def _verified(path: Path, tag: str | None, base: Path | None) -> VerifyReport:
     started = time.perf_counter()
-    if not path.exists():
-        raise CheckpointError("does not exist", where=str(path), fix="check the path")
+    refuse_absent(path)
     try:
-        source = open_source(path, tag=tag, base=base, alone=True)
+        source = open_source(path, tag=tag, base=base, alone=True, apart=True)
     except CheckpointError as exc:
         return VerifyReport(
             path=str(path), format="", tensors=0, bytes=0, dtypes={}, tied={}, fingerprint="",

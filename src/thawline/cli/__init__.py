@@ -8,6 +8,10 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The program `thawline`. Ends the process with the exit code of `thawline.errors`."""
-    from thawline.cli.app import run
+    try:
+        from thawline.cli.app import run
 
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+        code = run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:  # while the program is imported, or while an interruption is being told
+        code = 130
+    sys.exit(code)

@@ -11,8 +11,11 @@ from typing import Any
 
 import click
 
-from thawline.cli.output import print_error
+from thawline.cli.mishap import READER_LEFT, error_of, reader_left, silence_what_is_stuck
+from thawline.cli.output import print_error, take_any_name
 from thawline.errors import ThawlineError
+
+_COMPLETION = "_THAWLINE_COMPLETE"
 
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("thawline.cli.demo:demo", "Run the whole job on speech made on the spot; every line is an assertion."),
@@ -74,32 +77,53 @@ def app(traceback: bool) -> None:
     """Fine-tuning as a contract: only what the plan names changes, a stopped run goes on bit for bit, and what was
     saved loads whole or not at all.
 
-    Exit codes: 0 done, 2 recipe or usage, 3 data, 4 checkpoint or base does not fit, 5 a law was broken, 75 stopped
-    early with a whole checkpoint.
+    Exit codes: 0 done, 1 ended for a reason that the message gives, 2 recipe or usage, 3 data, 4 checkpoint or base
+    does not fit, 5 a law was broken, 75 stopped early with a whole checkpoint.
     """
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the program; returns the exit code. Errors of ours are one message and no traceback."""
-    wants_json = "--json" in argv
+    """Run the program; returns the exit code. Errors of ours and of the system are one message and no traceback, with
+    `--json` one JSON object more; what only a mistake in the program can raise is raised.
+    """
+    as_json = "--json" in argv
+    take_any_name()
     try:
-        code = app.main(args=list(argv), prog_name="thawline", standalone_mode=False)
-    except ThawlineError as exc:
-        if "--traceback" in argv:
+        code = _call(argv)
+        sys.stdout.flush()
+    except (ThawlineError, OSError, MemoryError, RuntimeError) as exc:
+        error = error_of(exc)
+        if error is None or "--traceback" in argv:
             raise
-        print_error(str(exc), exc.exit_code, as_json=wants_json, what=exc.what, where=exc.where, fix=exc.fix)
-        return exc.exit_code
+        if isinstance(exc, BrokenPipeError) and reader_left():
+            code = READER_LEFT
+        else:
+            code = error.exit_code
+            print_error(str(error), code, as_json=as_json, what=error.what, where=error.where, fix=error.fix)
+    except click.exceptions.NoArgsIsHelpError as exc:
+        code = 2
+        print_error(exc.format_message(), code, as_json=as_json, what="a verb is missing", label="")
     except click.ClickException as exc:
+        code = 2
         usage = exc.ctx.get_usage() + "\n" if isinstance(exc, click.UsageError) and exc.ctx is not None else ""
-        print_error(usage + exc.format_message(), 2, as_json=wants_json, what=exc.format_message())
-        return 2
+        print_error(usage + exc.format_message(), code, as_json=as_json, what=exc.format_message())
     except (KeyboardInterrupt, click.Abort):
-        print_error("interrupted", 130, as_json=wants_json, what="interrupted")
-        return 130
-    except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    return code if isinstance(code, int) else 0
+        code = 130
+        print_error("interrupted", code, as_json=as_json, what="interrupted")
+    silence_what_is_stuck()
+    return code
+
+
+def _call(argv: Sequence[str]) -> int:
+    """The verb's own exit code. Not by click's `main`, which has its own answers to a closed pipe and to EOFError."""
+    if _COMPLETION in os.environ:  # the shell asks what a word may become
+        app.main(args=list(argv), prog_name="thawline")
+    try:
+        with app.make_context("thawline", list(argv)) as context:
+            app.invoke(context)
+    except click.exceptions.Exit as exc:
+        return exc.exit_code
+    return 0
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,12 @@ import click
 MODES = ("ctc_greedy_search", "ctc_prefix_beam_search", "attention", "attention_rescoring", "whisper")
 
 _OPTIONS = (
-    click.option("--mode", type=click.Choice(MODES), help="How to decode; default ctc_greedy_search, or whisper."),
+    click.option(
+        "--mode",
+        type=click.Choice(MODES),
+        metavar="MODE",
+        help=f"How to decode: {', '.join(MODES)}. Default: the first, or for a Whisper the last.",
+    ),
     click.option(
         "--beam", type=click.IntRange(1), help="Hypotheses kept; default 10 where prefixes are searched, else 1."
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 
 from thawline.cli.app import json_option
 from thawline.cli.decoding import decoding_options
-from thawline.cli.output import give, say
+from thawline.cli.output import give, json_text, refuse_unwritable, say
 
 if TYPE_CHECKING:
     from thawline.train.task import Evaluation
@@ -57,7 +56,8 @@ def evaluate(
     often a caption finds its clip (stage 1 of VideoChat2)."""
     from thawline.tasks.kinds import kind_of
 
-    kind = kind_of(model)
+    refuse_unwritable(out, html)
+    kind = kind_of(model, base)
     options["normalizer"] = normalizer
     if kind == "speech":
         _recogniser(_Question(model, data, base, batch_size, workers, limit, out, as_json), html, options)
@@ -89,7 +89,7 @@ class _Question:
         if self.out is not None:
             from thawline.train.rundir import write_text
 
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
+            lines = "".join(f"{json_text(row)}\n" for row in result.rows)
             write_text(Path(self.out), lines)
         return result
 

@@ -28,7 +28,7 @@ from thawline.errors import RecipeError
 def init(model: str, train: str, valid: str, tag: str | None, out: str, as_json: bool) -> None:
     """Write a commented recipe that fine-tunes MODEL (a WeNet or Hugging Face directory), or goes on training it."""
     from thawline.tasks.foreign import WenetRun
-    from thawline.tasks.starter import continuing_recipe, starter_recipe
+    from thawline.tasks.starter import continuing_recipe, shell_word, starter_recipe
     from thawline.train.rundir import write_text
 
     target = Path(out)
@@ -37,13 +37,13 @@ def init(model: str, train: str, valid: str, tag: str | None, out: str, as_json:
     if tag is None:
         text = starter_recipe(Path(model).absolute(), train=train, valid=valid, name=out)
         write_text(target, text)
-        give({"recipe": str(target)}, f"wrote {target}\n  next: thawline plan {target}", as_json=as_json)
+        give({"recipe": str(target)}, f"wrote {target}\n  next: thawline plan {shell_word(target)}", as_json=as_json)
         return
     run = WenetRun.open(Path(model).absolute(), tag)
     write_text(target, continuing_recipe(run, train=train, valid=valid, name=out))
     said = "".join(f"\n    {term}" for term in run.terms())
     give(
         {"recipe": str(target), "tag": run.tag, "grade": "CONTINUES", "terms": run.terms()},
-        f"wrote {target}\n  goes on from {run.tag}: CONTINUES{said}\n  next: thawline train {target}",
+        f"wrote {target}\n  goes on from {run.tag}: CONTINUES{said}\n  next: thawline train {shell_word(target)}",
         as_json=as_json,
     )

@@ -53,7 +53,7 @@ def serve(
     from thawline.tasks.serving_desk import Limits
 
     asking = {name: options.pop(name) for name in ASKING}
-    kind = "videochat" if asking["parts"] else kind_of(model)
+    kind = "videochat" if asking["parts"] else kind_of(model, base)
     served = _opened(kind, model, base, asking, options)
     limits = Limits(
         upload_bytes=int(max_mb * 1e6),

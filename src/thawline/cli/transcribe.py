@@ -10,18 +10,18 @@ import click
 
 from thawline.cli.app import json_option
 from thawline.cli.decoding import decoding_options
-from thawline.cli.output import give, say
+from thawline.cli.output import give, refuse_unwritable, say
 
 
 @click.command()
 @click.argument("model", type=click.Path())
-@click.argument("audio", nargs=-1, required=True, type=click.Path())
+@click.argument("audio", nargs=-1, required=True, metavar="AUDIO...", type=click.Path())
 @click.option("--base", type=click.Path(), help="The base that a delta belongs to.")
 @decoding_options
 @click.option("--times", is_flag=True, help="Times of words and tokens; printed with --json.")
 @click.option("--srt", is_flag=True, help="Print SubRip subtitles.")
 @click.option("--vtt", is_flag=True, help="Print WebVTT subtitles.")
-@click.option("--out", type=click.Path(), help="Write subtitles into this folder, one file a recording.")
+@click.option("--out", type=click.Path(), help="Write subtitles into this folder, which is made, one file a recording.")
 @click.option(
     "--max-minutes",
     type=click.FloatRange(0, min_open=True),
@@ -46,13 +46,23 @@ def transcribe(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Turn AUDIO files into text with MODEL (a model directory, a run, or a delta with --base)."""
+    """Turn AUDIO into text with MODEL (a model directory, a run, or a delta with --base).
+
+    AUDIO is a file, or a folder: then every audio file below it, sorted by name. A data set with its texts (a list, a
+    table, a Kaldi directory) is for `thawline evaluate`.
+    """
     if srt + vtt + as_json > 1:
         raise click.UsageError("--json, --srt and --vtt exclude each other")
     if out is not None and not (srt or vtt):
         raise click.UsageError("--out is for --srt or --vtt")
-    if (srt or vtt) and out is None and len(audio) > 1:
+    from thawline.tasks.recordings import recordings, targets
+
+    files = recordings(audio)
+    if (srt or vtt) and out is None and len(files) > 1:
         raise click.UsageError("subtitles of several recordings need a folder: --out DIR")
+    suffix = ".srt" if srt else ".vtt"
+    refuse_unwritable(folder=out)
+    places = [None] * len(files) if out is None else targets(files, audio, Path(out), suffix)
     from thawline.tasks.recognition import Recognizer
     from thawline.tasks.transcript import subrip, webvtt
     from thawline.train.rundir import write_text
@@ -60,22 +70,22 @@ def transcribe(
     recognizer = Recognizer.open(model, base=base, **options)
     for note in recognizer.notes:
         print(f"note: {note}", file=sys.stderr)
-    wanted = recognizer.transcripts(audio, times=times or srt or vtt, batch_size=batch_size, limit_s=60.0 * max_minutes)
+    named = len(files) > 1 or Path(audio[0]).is_dir()
+    wanted = recognizer.transcripts(files, times=times or srt or vtt, batch_size=batch_size, limit_s=60.0 * max_minutes)
     rows = []
-    for found in wanted:
+    for found, target in zip(wanted, places, strict=True):
         for note in found.notes:
             print(f"note: {found.file}: {note}", file=sys.stderr)
         if srt or vtt:
             text = subrip(found.cues()) if srt else webvtt(found.cues())
-            if out is None:
+            if target is None:
                 say(text.rstrip("\n"))
             else:
-                target = Path(out) / f"{Path(found.file).stem}.{'srt' if srt else 'vtt'}"
                 write_text(target, text)
                 say(str(target))
         elif as_json:
             rows.append(found.to_json())
         else:
-            say(found.text if len(audio) == 1 else f"{found.file}\t{found.text}")
+            say(f"{found.file}\t{found.text}" if named else found.text)
     if as_json:
         give({"transcripts": rows}, "", as_json=True)

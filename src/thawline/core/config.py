@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 from pydantic_core import ErrorDetails
 
+from thawline.core.forms import form_at, is_choice, words
 from thawline.errors import RecipeError, ThawlineError
 
 Location = tuple[str | int, ...]
@@ -34,8 +35,13 @@ _WORDS = {
     "True": True,
     "False": False,
 }
+_PLAIN = re.compile(r"[\w./][\w./+=~@-]*")
+"""What needs no quotes wherever a scalar may stand."""
 _UNQUOTED_SLICE = re.compile(r"[\w*]\[[-+\d:, ]*\]")
 _MAX_DEPTH = 64
+_OF_A_WHOLE = frozenset(("literal_error", "string_type", "dict_type", "model_type", "tuple_type", "list_type"))
+"""What pydantic says of a value as a whole, for each member of a union."""
+_OUT_OF_BOUNDS = frozenset(("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +130,20 @@ def dump_yaml(data: Any) -> str:
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100))
 
 
+def scalar_text(value: Path | str) -> str:
+    """A path or a word as it may stand after `key: ` or in a list, on one line; `parse_yaml` reads the same string.
+
+    >>> scalar_text("data/train.list"), scalar_text("data: 1 #2"), scalar_text("1e3")
+    ('data/train.list', '"data: 1 #2"', '"1e3"')
+    """
+    text = str(value)
+    if _PLAIN.fullmatch(text) and isinstance(_scalar(text), str):
+        return text
+    return str(yaml.dump(text, Dumper=yaml.SafeDumper, default_style='"', allow_unicode=True, width=math.inf)).rstrip(
+        "\n"
+    )
+
+
 def override(document: Document, assignments: Sequence[str] | Mapping[str, Any]) -> Document:
     """A copy with `a.b=value` applied; values are read as YAML, relative paths in them start at the working directory.
 
@@ -173,8 +193,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_str(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    plain = isinstance(_scalar(text), str)
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else "'")
+    # PyYAML does not read back what it writes of the rarer line ends (U+0085 ...), unless they are escaped.
+    style = '"' if not text.isprintable() else None if isinstance(_scalar(text), str) else "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _represent_str)
@@ -351,27 +372,42 @@ def _describe(cls: type[BaseModel], document: Document, at: Location, detail: Er
         scope = f" in {parent!r}" if parent else ""
         fix = (f"did you mean {near[0]!r}? " if near else "") + f"known keys: {', '.join(known)}"
         return f"unknown key {key!r}{scope}", where, fix
-    if detail["type"] == "missing":
+    if detail["type"] == "missing" and isinstance(loc[-1], str):
         missing = ".".join(map(str, (*at, *path, loc[-1])))
         return f"{missing!r} is missing", where, f"add it to {document.name or 'the recipe'}"
     error = detail.get("ctx", {}).get("error")
     if isinstance(error, ThawlineError):
         return f"{spelled}: {error.what}", error.where or where, error.fix
-    message = str(error) if isinstance(error, Exception) else detail["msg"]
     given = detail["input"]
+    form = None if isinstance(error, Exception) else form_at(cls, path)
+    # Of a number out of bounds pydantic says enough, unless something else than a number may stand there too.
+    if form is not None and (is_choice(form) or detail["type"] not in _OUT_OF_BOUNDS):
+        for key in path:
+            data = data[key]
+        return f"{spelled}: expected {words(form)}, got {data!r}", where, ""
+    message = str(error) if isinstance(error, Exception) else detail["msg"]
     shown = "" if isinstance(given, (dict, BaseModel)) else f", got {given!r}"
     return f"{spelled}: {message[0].lower()}{message[1:]}{shown}", where, ""
 
 
 def _binding_error(cls: type[BaseModel], document: Document, at: Location, exc: ValidationError) -> RecipeError:
-    # A union reports each of its members; one complaint a place is enough for a person.
+    # A union reports each of its members; one complaint a place is enough for a person, and it is about what is
+    # written deepest: of `{a: 5}`, that 5 is none, and not that the whole is no word.
+    data = document.data
+    for key in at:
+        data = data[key]
+    details = exc.errors()
+    deepest = {_in_data(data, tuple(detail["loc"])) for detail in details}
+    above = {path[:end] for path in deepest for end in range(len(path))}
     seen: dict[str, tuple[str, str, str]] = {}
-    for detail in exc.errors():
+    for detail in details:
+        if detail["type"] in _OF_A_WHOLE and _in_data(data, tuple(detail["loc"])) in above:
+            continue
         what, where, fix = _describe(cls, document, at, detail)
         seen.setdefault(where + what.partition(":")[0], (what, where, fix))
     (what, where, fix), *others = seen.values()
     more = "".join(f"\n{w}: {t}" + (f"\n  fix: {f}" if f else "") for t, w, f in others)
-    return RecipeError(what, where=where, fix=fix + more if others else fix)
+    return RecipeError(what, where=where, fix=fix + more) if fix else RecipeError(what + more, where=where)
 
 
 def is_finite(value: float) -> float:

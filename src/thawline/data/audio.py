@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from thawline.core.extras import need
+from thawline.data.tar_member import read_member
 from thawline.data.utterance import TarRef, Utterance, pipe_command
 from thawline.errors import DataError
 
@@ -103,8 +105,17 @@ def duration_s(utterance: Utterance) -> float:
 
     Raises DataError as `read_audio` does for what the header can show.
     """
-    with _open(utterance.wav) as source:
-        whole = _header_seconds(source)
+    return stretch_s(utterance, whole_s(utterance.wav))
+
+
+def whole_s(wav: str) -> float:
+    """Seconds of a whole recording, from the header where the format has one. Raises DataError."""
+    with _open(wav) as source:
+        return _header_seconds(source)
+
+
+def stretch_s(utterance: Utterance, whole: float) -> float:
+    """Seconds of one utterance in a recording of `whole` seconds. Raises DataError where it does not lie in it."""
     start = utterance.start_s or 0.0
     end = whole if utterance.end_s is None else min(utterance.end_s, whole)
     _check_stretch(start, utterance.end_s, whole, utterance.wav)
@@ -156,20 +167,17 @@ def _open(wav: str) -> Iterator[_Source]:
         yield _in_memory(wav, body)
         return
     ref = TarRef.parse(wav)
+    if ref is not None:
+        yield _in_memory(wav, read_member(ref))
+        return
+    if "\0" in wav:
+        raise DataError("no path can hold a NUL byte", where=repr(wav))
     try:
-        with open(ref.tar if ref else wav, "rb") as file:
-            if ref is not None:
-                file.seek(ref.offset)
-                body = file.read(ref.size)
-                if len(body) < ref.size:
-                    raise DataError(
-                        f"the tar ends inside this member: {len(body)} of {ref.size} bytes",
-                        where=wav,
-                        fix="the tar changed after it was indexed, or is cut short; write the shard again",
-                    )
-                yield _in_memory(wav, body)
-                return
-            size = os.fstat(file.fileno()).st_size
+        with open(wav, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError("this is a pipe or a device, not a file", where=wav, fix="give a file")
+            size = status.st_size
             head = file.read(64)
             if size == 0:
                 raise DataError(
@@ -180,6 +188,11 @@ def _open(wav: str) -> Iterator[_Source]:
         raise DataError("there is no such file", where=wav, fix="check the path in the list") from exc
     except (PermissionError, IsADirectoryError) as exc:
         raise DataError(f"cannot be read: {exc.strerror}", where=wav) from exc
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """`os.open` for `open`; of a named pipe without waiting until somebody writes to it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _in_memory(name: str, body: bytes) -> _Source:
@@ -267,7 +280,13 @@ def _check_wav(source: _Source) -> None:
             body = file.read(16)
             if len(body) < 16:
                 break
-            kind, _, rate, bytes_per_s, block, _ = struct.unpack(f"{order}HHIIHH", body)
+            kind, channels, rate, bytes_per_s, block, bits = struct.unpack(f"{order}HHIIHH", body)
+            if kind in (1, 3) and channels and block != channels * ((bits + 7) // 8):
+                raise DataError(
+                    f"the header contradicts itself: {channels} channels of {bits} bits are not {block} bytes",
+                    where=source.name,
+                    fix="find out how many channels there are and write the header again",
+                )
             if kind in (1, 3) and bytes_per_s and bytes_per_s != rate * block:
                 raise DataError(
                     f"the header contradicts itself: {rate} Hz of {block} bytes is not {bytes_per_s} bytes per second",

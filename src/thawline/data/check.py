@@ -25,12 +25,13 @@ from thawline.errors import DataError
 
 _EDGES_S = (0, 0.5, 1, 2, 5, 10, 15, 20, 30, 60, 600, float("inf"))
 _SHOWN = 20  # rows of each kind of finding in the table; the JSON holds all
+_LOUDEST = 16.0  # of full scale; a little more than 1 is clipping that floating point survived
 _TOLERANCE_S = 0.1  # a list may round its durations
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing to look at. kind: row | file | long | duration | ctc | leak; where: file:line, path or key."""
+    """One thing to look at. kind: row | file | long | scale | duration | ctc | leak; where: file:line, path or key."""
 
     kind: str
     where: str
@@ -106,6 +107,7 @@ _TITLES = {
     "row": "rows that cannot be used",
     "file": "files that cannot be read",
     "long": "recordings to be cut into segments first",
+    "scale": "recordings of an impossible loudness",
     "duration": "durations that differ from the list",
     "ctc": "targets too long for CTC",
     "leak": "held-back data that training sees",
@@ -215,6 +217,10 @@ def _hear(row: Utterance, findings: list[Finding]) -> tuple[float, int, str] | N
         findings.append(Finding("file", row.wav, what))
         return None
     seconds = samples.size / rate
+    peak = max(float(samples.max()), -float(samples.min()))
+    if peak > _LOUDEST:
+        what = f"samples reach {peak:g} where 1 is full scale; were whole numbers written as floating point?"
+        findings.append(Finding("scale", row.wav, what))
     if row.duration_s is not None and abs(seconds - row.duration_s) > max(_TOLERANCE_S, 0.02 * seconds):
         ratio = row.duration_s / seconds
         hint = "; is the sample rate in its header right?" if abs(ratio - round(ratio, 1)) < 0.02 else ""

@@ -47,6 +47,26 @@ class Rendered:
         return "".join(self.before) + "".join(s.text for s in self.segments)
 
 
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """What stands before the turns: the system's words, the signs before each clip, and what closes the last one."""
+
+    head: str
+    before: tuple[str, ...]
+    close: str
+
+    def in_turn(self, start: str, end: str, *, ends: bool = False) -> _Said:
+        """The clips in a turn of their own, from `start` to `end`; the system's words alone where there are none."""
+        if self.before:
+            opened = (f"{self.head}{start}{self.before[0]}", *self.before[1:])
+            return opened, [Segment(f"{self.close}{end}", ends=ends)]
+        return (), [Segment(self.head)] if self.head else []
+
+
+_Said = tuple[tuple[str, ...], list[Segment]]
+"""The texts in front of each clip, and what follows the last of them."""
+
+
 class Template:
     """The words around questions and answers; one subclass for each language model's family.
 
@@ -83,7 +103,8 @@ class Template:
         words = self._instruction(dialogue, said, asks)
         head = system + (dialogue.instruction + self._gap if dialogue.instruction else "")
         before, close = _clips(dialogue)
-        opened, segments = self._conversation(head, before, close + times_message(times_s), said, targets, dialogue)
+        start = _Opening(head, before, close + times_message(times_s))
+        opened, segments = self._conversation(start, said, targets)
         return Rendered(before=opened, segments=_stripped(segments), instruction=words)
 
     def prompt(
@@ -137,15 +158,7 @@ class Template:
         question = turns[0].question if asks and turns else ""
         return (dialogue.instruction + self._gap + question).strip()
 
-    def _conversation(
-        self,
-        head: str,
-        before: tuple[str, ...],
-        close: str,
-        turns: Sequence[Turn],
-        targets: Targets,
-        dialogue: Dialogue,
-    ) -> tuple[tuple[str, ...], list[Segment]]:
+    def _conversation(self, opening: _Opening, turns: Sequence[Turn], targets: Targets) -> _Said:
         raise NotImplementedError
 
 
@@ -157,22 +170,8 @@ class MistralTemplate(Template):
     caption_prompt = "[INST] {} [/INST]"
     caption_end = "</s>"
 
-    def _conversation(
-        self,
-        head: str,
-        before: tuple[str, ...],
-        close: str,
-        turns: Sequence[Turn],
-        targets: Targets,
-        dialogue: Dialogue,
-    ) -> tuple[tuple[str, ...], list[Segment]]:
-        segments: list[Segment] = []
-        opened: tuple[str, ...] = ()
-        if before:
-            opened = (f"{head}[INST] {before[0]}", *before[1:])
-            segments.append(Segment(f"{close} [/INST] ", ends=True))
-        elif head:
-            segments.append(Segment(head))
+    def _conversation(self, opening: _Opening, turns: Sequence[Turn], targets: Targets) -> _Said:
+        opened, segments = opening.in_turn("[INST] ", " [/INST] ", ends=True)
         for turn in turns:
             if turn.question:
                 segments.append(Segment(f"[INST] {turn.question} [/INST] ", ends=True))
@@ -190,23 +189,9 @@ class VicunaTemplate(Template):
     caption_end = "###"
     caption_upstream_pad = False
 
-    def _conversation(
-        self,
-        head: str,
-        before: tuple[str, ...],
-        close: str,
-        turns: Sequence[Turn],
-        targets: Targets,
-        dialogue: Dialogue,
-    ) -> tuple[tuple[str, ...], list[Segment]]:
+    def _conversation(self, opening: _Opening, turns: Sequence[Turn], targets: Targets) -> _Said:
         upstream = targets == "upstream"
-        segments: list[Segment] = []
-        opened: tuple[str, ...] = ()
-        if before:
-            opened = (f"{head}###Human: {before[0]}", *before[1:])
-            segments.append(Segment(f"{close} "))
-        elif head:
-            segments.append(Segment(head))
+        opened, segments = opening.in_turn("###Human: ", " ")
         for number, turn in enumerate(turns):
             if turn.question:
                 # The sign that opens a turn is also the one that ends the answer before it.
@@ -232,23 +217,15 @@ class PhiTemplate(Template):
     caption_end = "<|end|>"
     _gap = ""
 
-    def _conversation(
-        self,
-        head: str,
-        before: tuple[str, ...],
-        close: str,
-        turns: Sequence[Turn],
-        targets: Targets,
-        dialogue: Dialogue,
-    ) -> tuple[tuple[str, ...], list[Segment]]:
-        system = f"<|system|>\n{head}<|end|>\n" if head else ""
+    def _conversation(self, opening: _Opening, turns: Sequence[Turn], targets: Targets) -> _Said:
+        system = f"<|system|>\n{opening.head}<|end|>\n" if opening.head else ""
         segments: list[Segment] = []
         opened: tuple[str, ...] = ()
         for number, turn in enumerate(turns):
             question = f"{turn.question.strip()}<|end|>\n<|assistant|>\n"
-            if number == 0 and before:
-                opened = (f"{system}<|user|>\n{before[0]}", *before[1:])
-                segments.append(Segment(f"{close}\n{question}", ends=True))
+            if number == 0 and opening.before:
+                opened = (f"{system}<|user|>\n{opening.before[0]}", *opening.before[1:])
+                segments.append(Segment(f"{opening.close}\n{question}", ends=True))
             else:
                 segments.append(Segment(f"{system if number == 0 else ''}<|user|>\n{question}", ends=True))
             segments.append(Segment(f"{turn.answer.strip()}<|end|>\n", learnt=True))

@@ -8,6 +8,7 @@ more on what was really read.
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thawline.data.audio import decode, duration_s, resample
+from thawline.data.audio import decode, resample
+from thawline.data.durations import Durations
 from thawline.data.manifest import Manifest
 from thawline.data.speech_frontend import SpeechFrontend
 from thawline.data.text import Tokenizer
@@ -113,7 +115,7 @@ class LeftOut:
 class SpeechSamples:
     """The utterances of a manifest by number, for the loader.
 
-    manifest:  what there is; rows without a duration are measured from their headers now
+    manifest:  what there is; rows without a duration are measured from their headers now, if not in an earlier run
     frontend:  WeNet's dataset_conf
     tokenizer: None reads without targets
     training:  augments, and leaves out what filter_conf says; evaluation does neither, and keeps the order
@@ -133,28 +135,34 @@ class SpeechSamples:
         self.encoder_frames = encoder_frames
         self.tokenizer = tokenizer
         self.training = training
-        kept: list[Utterance] = []
+        kept, lengths = array("q"), array("d")  # a corpus may have more rows than a list of Python numbers has room for
         left_out: list[LeftOut] = []
-        for row in manifest:
+        measured = Durations.of(manifest.path)
+        all_known = True
+        for number, row in enumerate(manifest):
             unreadable = False
+            all_known = all_known and row.duration_s is not None
             try:
-                known = row if row.duration_s is not None else replace(row, duration_s=duration_s(row))
-                reason = self._reason(known.duration_s or 0.0, self._target(known)) if training else ""
+                length = measured.seconds(row) if row.duration_s is None else row.duration_s
+                reason = self._reason(length, self._target(row)) if training else ""
             except DataError as error:
                 # An evaluation keeps it, so that it is counted where it is read.
-                known, reason = replace(row, duration_s=0.0), str(error) if training else ""
+                length, reason = 0.0, str(error) if training else ""
                 unreadable = True
             if reason:
                 left_out.append(LeftOut(row.key, reason, unreadable))
             else:
-                kept.append(known)
+                kept.append(number)
+                lengths.append(length)
+        measured.keep()
         if not kept:
             raise DataError(
                 f"none of the {len(manifest)} utterances is left; the first was left out because {left_out[0].reason}",
                 where=str(manifest.path),
                 fix="check filter_conf and the files, e.g. with: thawline data check",
             )
-        self.manifest = Manifest(kept, path=manifest.path, format=manifest.format)
+        self.manifest = manifest.keep(kept, None if all_known else lengths)
+        self._seconds = lengths
         self.left_out = tuple(left_out)
 
     def __len__(self) -> int:
@@ -171,7 +179,7 @@ class SpeechSamples:
 
     def length(self, id: int) -> float:
         """Frames of utterance `id`, at most (before the exact rounding of windows; at the slowest speed)."""
-        return self.frontend.longest_frames(self.manifest[id].duration_s or 0.0, training=self.training)
+        return self.frontend.longest_frames(self._seconds[id], training=self.training)
 
     def read(self, id: int, epoch: int) -> SpeechSample:
         """Utterance `id`. Augmentation is keyed by the global generator of `random`, which the loader seeds.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 _TAR_REF = re.compile(r"(?P<tar>.+)!/(?P<member>.+)@(?P<offset>\d+)\+(?P<size>\d+)", re.DOTALL)
 _PIPE = "pipe:"
+_URL = re.compile(r"(?:[a-z0-9]+::)?[a-z][a-z0-9+.-]*://")
 
 AUDIO_SUFFIXES = frozenset(
     (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma", ".aiff", ".aif", ".webm", ".mp4")
@@ -40,7 +41,10 @@ class Utterance:
 
 @dataclass(frozen=True, slots=True)
 class TarRef:
-    """Bytes of one member of an uncompressed tar, found without reading the tar: `PATH.tar!/MEMBER@OFFSET+SIZE`."""
+    """Bytes of one member of an uncompressed tar, found without reading the tar: `PATH.tar!/MEMBER@OFFSET+SIZE`.
+
+    tar: a path, or a URL that fsspec knows
+    """
 
     tar: str
     member: str
@@ -57,6 +61,15 @@ class TarRef:
         if found is None:
             return None
         return cls(found["tar"], found["member"], int(found["offset"]), int(found["size"]))
+
+
+def is_url(place: str) -> bool:
+    """Whether a list names a network address (or `file://`) instead of a path.
+
+    >>> is_url("s3://bucket/0.tar"), is_url("simplecache::http://host/0.tar"), is_url("/data/0.tar")
+    (True, True, False)
+    """
+    return _URL.match(place) is not None
 
 
 def pipe_command(wav: str) -> str | None:

@@ -345,6 +345,8 @@ def _stream(container: Any, path: str | Path) -> Any:
     if not container.streams.video:
         raise DataError("there is no video in the file", where=str(path))
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise DataError("its pictures are stored in a way that cannot be decoded here", where=str(path))
     width, height = stream.codec_context.width, stream.codec_context.height
     if width * height > MAX_PIXELS:
         raise DataError(f"frames of {width} x {height} pixels are more than the limit of {MAX_PIXELS}", where=str(path))

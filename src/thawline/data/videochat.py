@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -66,6 +66,8 @@ class ClipSettings:
     augment:    random crop and mirror image in training (never with tiles, as upstream)
     max_tiles:  0 for one view; else the HD variant
     say_times:  whether the conversation says when the frames were taken (upstream's add_second_msg)
+
+    Raises RecipeError for what no clip can become.
     """
 
     frames: int = 8
@@ -76,6 +78,19 @@ class ClipSettings:
     tile_padding: bool = False
     normalisation: Normalisation = IMAGENET
     say_times: bool = True
+
+    def __post_init__(self) -> None:
+        counts = (("frames a video", self.frames, 1), ("pixels a side", self.size, 1), ("tiles", self.max_tiles, 0))
+        for what, count, least in counts:
+            if type(count) is not int or count < least:
+                raise RecipeError(f"{count!r} {what} cannot be meant", fix=f"a whole number from {least}")
+        if self.sampling not in get_args(How):
+            raise RecipeError(f"{self.sampling!r} is no way to choose frames", fix=", ".join(get_args(How)))
+        mean, std = self.normalisation.mean, self.normalisation.std
+        if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
+            raise RecipeError(
+                f"pixels cannot be brought to mean {mean} and deviation {std}", fix="three of each, above 0"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +144,42 @@ class ChatBatch:
         )
 
 
-class ChatSamples:
-    """Dialogues by number: read, collate, length.
+class DialogueSamples:
+    """Rows of an instruction or caption file by number, and what is drawn for each: what the stages share.
 
     training: random frames, crops and orders; else the middle frames, whole, in the file's order
+    """
+
+    def __init__(self, dialogues: Dialogues, settings: ClipSettings, *, training: bool, seed: int) -> None:
+        self.dialogues = dialogues
+        self.settings = settings
+        self.training = training
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dialogues)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.dialogues.fingerprint
+
+    @property
+    def left_out(self) -> tuple[()]:
+        """None: a malformed entry keeps its number, and counts as a bad sample when it is read."""
+        return ()
+
+    def key(self, id: int) -> str:
+        """What the sample is called in reports."""
+        return self.dialogues.key(id)
+
+    def draws(self, id: int, epoch: int) -> np.random.Generator | None:
+        """What every choice of a sample is drawn from; None in evaluation, where nothing is."""
+        return np.random.default_rng(derive(self.seed, "clip", epoch, id)) if self.training else None
+
+
+class ChatSamples(DialogueSamples):
+    """Dialogues by number: read, collate, length.
+
     instruction_tokenizer: None where the Q-Former takes no text (stage 2)
     padding: side on which shorter instructions are padded
     visual_tokens: tokens that one view of a clip becomes, for `length`
@@ -155,37 +202,16 @@ class ChatSamples:
         visual_tokens: int = 96,
         caption_prompts: Mapping[str, Sequence[str]] = CAPTION_PROMPTS,
     ) -> None:
-        if settings.frames < 1:
-            raise RecipeError(f"{settings.frames} frames a video cannot be meant")
-        self.dialogues = dialogues
+        super().__init__(dialogues, settings, training=training, seed=seed)
         self.template = template
         self.tokenizer = tokenizer
         self.instruction_tokenizer = instruction_tokenizer
-        self.settings = settings
-        self.training = training
-        self.seed = seed
         self.max_text_tokens = max_text_tokens
         self.padding = padding
         self.shuffle_turns = shuffle_turns
         self.targets: Targets = targets
         self.visual_tokens = visual_tokens
         self.caption_prompts = caption_prompts
-
-    def __len__(self) -> int:
-        return len(self.dialogues)
-
-    @property
-    def fingerprint(self) -> str:
-        return self.dialogues.fingerprint
-
-    @property
-    def left_out(self) -> tuple[()]:
-        """None: a malformed entry keeps its number, and counts as a bad sample when it is read."""
-        return ()
-
-    def key(self, id: int) -> str:
-        """What the sample is called in reports."""
-        return self.dialogues.key(id)
 
     def length(self, id: int) -> float:
         """An estimate of the language model's row: visual tokens, and a token for every four characters."""
@@ -199,16 +225,16 @@ class ChatSamples:
     def read(self, id: int, epoch: int) -> ChatSample:
         """The sample's tensors and numbers. Raises DataError for a malformed entry, a bad file, or nothing to learn."""
         dialogue = self.dialogues[id]
-        rng = np.random.default_rng(derive(self.seed, "clip", epoch, id))
-        clips = [read_clip(dialogue, path, self.settings, rng, training=self.training) for path in dialogue.media]
+        rng = self.draws(id, epoch)
+        clips = [read_clip(dialogue, path, self.settings, rng) for path in dialogue.media]
         times = clips[0].times_s if clips and clips[0].times_s and self.settings.say_times else None
         turns = dialogue.turns
         if dialogue.caption:
             orders = self.caption_prompts[dialogue.kind]
-            order = orders[int(rng.integers(len(orders)))] if self.training else orders[0]
+            order = orders[0] if rng is None else orders[int(rng.integers(len(orders)))]
             rendered = self.template.caption(dialogue, order)
         else:
-            if self.training and self.shuffle_turns and len(turns) > 1:
+            if rng is not None and self.shuffle_turns and len(turns) > 1:
                 turns = shuffled(turns, rng)
             rendered = self.template.render(dialogue, turns=turns, times_s=times, targets=self.targets)
         encoded = encode(
@@ -224,7 +250,7 @@ class ChatSamples:
             words = tuple(self.instruction_tokenizer.encode(rendered.instruction))
         return ChatSample(
             key=dialogue.key,
-            clips=tuple(to_tensor(clip, self.settings, rng, training=self.training) for clip in clips),
+            clips=tuple(to_tensor(clip, self.settings, rng) for clip in clips),
             encoded=encoded,
             instruction=words,
             turns=tuple((t.question, t.answer) for t in turns),
@@ -245,23 +271,21 @@ class ChatSamples:
         )
 
 
-def read_clip(
-    dialogue: Dialogue, path: str, settings: ClipSettings, rng: np.random.Generator, *, training: bool
-) -> Clip:
-    """The frames of one of a dialogue's files that are shown: drawn from `rng` in training."""
+def read_clip(dialogue: Dialogue, path: str, settings: ClipSettings, rng: np.random.Generator | None) -> Clip:
+    """The frames of one of a dialogue's files that are shown: drawn from `rng` in training, which is None elsewhere."""
     if dialogue.kind == "image":
         return read_image(path)
-    how = settings.sampling if training or settings.sampling != "random" else "uniform"
+    how = "uniform" if rng is None and settings.sampling == "random" else settings.sampling
     return read_video(path, settings.frames, how, rng=rng, start_s=dialogue.start_s, end_s=dialogue.end_s)
 
 
-def to_tensor(clip: Clip, settings: ClipSettings, rng: np.random.Generator, *, training: bool) -> Tensor:
-    """The clip as the model sees it, (T, 3, H, W) float32: tiled, cropped at random in training, or whole."""
+def to_tensor(clip: Clip, settings: ClipSettings, rng: np.random.Generator | None = None) -> Tensor:
+    """The clip as the model sees it, (T, 3, H, W) float32: tiled, cropped as `rng` draws it (in training), or whole."""
     s = settings
     if s.max_tiles:
         return to_tiles(clip.frames, s.size, s.max_tiles, padding=s.tile_padding, normalisation=s.normalisation)
     height, width = clip.frames.shape[1:3]
-    crop = random_crop(height, width, rng) if training and s.augment else None
+    crop = random_crop(height, width, rng) if rng is not None and s.augment else None
     return prepare(clip.frames, s.size, normalisation=s.normalisation, crop=crop)
 
 

@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from thawline.core.rng import derive
 from thawline.data.conversation import Dialogues
-from thawline.data.videochat import ClipSettings, pad_words, read_clip, to_tensor
+from thawline.data.videochat import ClipSettings, DialogueSamples, pad_words, read_clip, to_tensor
 from thawline.errors import DataError, RecipeError
 
 
@@ -70,32 +68,14 @@ class CaptionBatch:
         )
 
 
-class CaptionSamples:
+class CaptionSamples(DialogueSamples):
     """Captioned clips by number. Frames, crop and flip follow from (seed, epoch, sample id)."""
 
     def __init__(
         self, dialogues: Dialogues, *, tokenizer: CaptionTokenizer, settings: ClipSettings, training: bool, seed: int
     ) -> None:
-        self.dialogues = dialogues
+        super().__init__(dialogues, settings, training=training, seed=seed)
         self.tokenizer = tokenizer
-        self.settings = settings
-        self.training = training
-        self.seed = seed
-
-    def __len__(self) -> int:
-        return len(self.dialogues)
-
-    @property
-    def fingerprint(self) -> str:
-        return self.dialogues.fingerprint
-
-    @property
-    def left_out(self) -> tuple[()]:
-        """None: a malformed entry keeps its number, and counts as a bad sample when it is read."""
-        return ()
-
-    def key(self, id: int) -> str:
-        return self.dialogues.key(id)
 
     def length(self, id: int) -> float:
         """All clips are of one size, so batches are counted, never measured."""
@@ -106,11 +86,11 @@ class CaptionSamples:
         row = self.dialogues[id]
         if not row.caption or len(row.media) != 1:
             raise DataError("stage 1 learns from one clip with its caption", where=row.key, fix='{"video", "caption"}')
-        rng = np.random.default_rng(derive(self.seed, "clip", epoch, id))
-        clip = read_clip(row, row.media[0], self.settings, rng, training=self.training)
+        rng = self.draws(id, epoch)
+        clip = read_clip(row, row.media[0], self.settings, rng)
         return CaptionSample(
             key=row.key,
-            clip=to_tensor(clip, self.settings, rng, training=self.training),
+            clip=to_tensor(clip, self.settings, rng),
             words=tuple(self.tokenizer.encode(row.caption)),
             media=row.media[0],
         )

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from thawline.core.adapter import NAME as ADAPTER
 from thawline.core.index import ModelIndex, Node, ParamInfo, is_adapter
 from thawline.core.select import items_of, match
 from thawline.errors import SelectorError
 from thawline.freeze.plan import Counted, Lora
-
-ADAPTER = "default"
-"""The name under which peft keeps the adapters of a plan."""
 
 
 def has_adapters(index: ModelIndex) -> bool:

@@ -28,12 +28,14 @@ from torch import Tensor, nn
 from thawline.core.index import ModelIndex
 from thawline.errors import LawBroken, RecipeError
 from thawline.freeze.apply import apply_, keep_rows, mask_gradients_, put_rows_back_, release_
-from thawline.freeze.audit import AuditReport, Snapshot, audit, snapshot
-from thawline.freeze.groups import names_in, optimizer_state_by_name, param_groups, restore_optimizer_
+from thawline.freeze.audit import AuditReport
+from thawline.freeze.groups import names_in
 from thawline.freeze.inspect import index_of, parameters_by_name, unwrap
 from thawline.freeze.lora import has_adapters, inject_
 from thawline.freeze.norm import NormChange, convert_to_groupnorm_
 from thawline.freeze.plan import FreezePlan
+from thawline.freeze.proof import Proof, no_digests
+from thawline.freeze.regrouping import groups_of_phases, refill_, regroup_
 from thawline.freeze.resolve import Resolution, resolve_all
 from thawline.freeze.schedule import Progress, phase_at, warmup_factor
 
@@ -99,11 +101,8 @@ class Frozen:
         self._kept_rows: dict[str, Tensor] = {}
         self._rates: list[tuple[dict[str, Any], float]] = []
         self._checked = False
-        self._audits = audit
         self._seen = {0}
-        self._past: AuditReport | None = None
-        self._base: Snapshot | None = self._snapshot() if audit else None
-        self._start: Snapshot | None = self._base
+        self._proof = Proof(model, self.resolution) if audit else None
 
     @property
     def resolution(self) -> Resolution:
@@ -129,14 +128,9 @@ class Frozen:
         An optimizer keeps the very groups it is given, and these follow `advance`. One that is attached, too, is
         checked at each change, has its state parked, and holds frozen rows.
         """
-        groups: dict[tuple[float, bool, int], dict[str, Any]] = {}
-        for resolution in self.resolutions:
-            for group in param_groups(self.model, resolution, lr=lr, weight_decay=weight_decay):
-                entry = groups.setdefault(_group_key(resolution, group), {**group, "params": [], "names": []})
-                if resolution.phase == self.phase:
-                    entry["params"], entry["names"] = group["params"], group["names"]
-        self._handed.extend(groups.values())
-        return list(groups.values())
+        groups = groups_of_phases(self.model, self.resolutions, phase=self.phase, lr=lr, weight_decay=weight_decay)
+        self._handed.extend(groups)
+        return groups
 
     def optimizer(
         self, cls: type[torch.optim.Optimizer], *, lr: float, weight_decay: float = 0.0, **settings: Any
@@ -228,16 +222,13 @@ class Frozen:
             self._refuse_stale_wrapper()
         for optimizer in self._optimizers:
             names_in(optimizer)
-        if self._audits:
-            now = self._snapshot()
-            self._close_segment(now)
+        left = None if self._proof is None else self._proof.leave(self.resolution)
         apply_(self.model, target)
         self.phase = phase
         self._seen.add(phase)
         self._checked = False
-        if self._audits:
-            # Which rows count as frozen belongs to the new phase.
-            self._start = self._snapshot() if target.rows else now
+        if self._proof is not None and left is not None:
+            self._proof.enter(target, left)
         for optimizer in self._optimizers:
             self.sync_(optimizer)
         self._refill_handed()
@@ -249,32 +240,7 @@ class Frozen:
     def sync_(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the optimizer hold exactly what trains now. State stays with its parameter; that of what is frozen
         again is parked or dropped, as the plan's `moments` says, and taken up when it thaws once more."""
-        state = {**self._parked, **optimizer_state_by_name(optimizer, self.model)}
-        params = parameters_by_name(self.model)
-        resolution = self.resolution
-        places: dict[tuple[float, bool, int], dict[str, Any]] = {}
-        for group in optimizer.param_groups:
-            if "names" not in group:
-                raise RecipeError(
-                    "the optimizer was not built from this plan's groups, so its groups cannot follow the phase",
-                    fix="build it with frozen.optimizer(...) or from frozen.param_groups(...)",
-                )
-            places[_own_key(group)] = group
-        for group in param_groups(self.model, resolution, lr=1.0, weight_decay=1.0):
-            if _group_key(resolution, group) not in places:
-                raise RecipeError(
-                    f"the optimizer has no group for {group['names'][0]} (rate x {group['lr_factor']:g})",
-                    fix="build it from frozen.param_groups(...), which has the groups of every phase",
-                )
-        optimizer.state.clear()
-        for group in optimizer.param_groups:
-            group["params"], group["names"] = [], []
-        for name in resolution.trainable_names:
-            d = resolution[name]
-            group = places[(d.lr, d.decays, d.since)]
-            group["params"].append(params[name])
-            group["names"].append(name)
-        parked = restore_optimizer_(optimizer, state)
+        parked = regroup_(optimizer, self.model, self.resolution, self._parked)
         self._parked = {k: v.clone() for k, v in parked.items()} if self.plan.moments == "park" else {}
 
     def audit(self) -> AuditReport:
@@ -282,26 +248,9 @@ class Frozen:
 
         Raises RecipeError where `apply` was told not to take digests.
         """
-        if self._start is None or self._base is None:
-            raise RecipeError("there are no digests to compare with", fix="plan.apply(model, audit=True)")
-        now = self._snapshot()
-        report = audit(self._start, now, self.resolution)
-        if self._past is not None:
-            report = self._past.merged(report)
-        # Across a resume the segments do not touch; the base's own digests close the gap for what never trained.
-        whole = audit(_without_rows(self._base), _without_rows(now), [self.resolutions[p] for p in sorted(self._seen)])
-        return AuditReport(
-            moved_frozen=tuple(dict.fromkeys((*report.moved_frozen, *whole.moved_frozen))),
-            moved_buffers=tuple(dict.fromkeys((*report.moved_buffers, *whole.moved_buffers))),
-            unmoved=report.unmoved,
-            rested=report.rested,
-            vanished=report.vanished,
-            appeared=report.appeared,
-            frozen=whole.frozen,
-            trained=whole.trained,
-            buffers=whole.buffers,
-            stepped=report.stepped,
-        )
+        if self._proof is None:
+            raise no_digests()
+        return self._proof.report(self.resolution, [self.resolutions[phase] for phase in sorted(self._seen)])
 
     def release(self) -> nn.Module:
         """Undo `apply`: pins off, requires_grad as it was found; the model. Adapters and GroupNorm layers stay."""
@@ -320,7 +269,7 @@ class Frozen:
             "history": [dict(row) for row in self.history],
             "progress": [self.progress.step, self.progress.epoch],
             "parked": dict(self._parked),
-            "base": None if self._base is None else self._base.to_dict(),
+            "base": None if self._proof is None else self._proof.base.to_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -340,10 +289,8 @@ class Frozen:
             steps_per_epoch=self.progress.steps_per_epoch,
         )
         self._parked = dict(state["parked"])
-        if state["base"] is not None and self._audits:
-            self._base = Snapshot.from_dict(state["base"])
-        self._past = None
-        self._start = None  # the weights may be loaded after this; the segment begins at the next step
+        if self._proof is not None:  # the weights may be loaded after this; the next step goes on
+            self._proof.interrupt(state["base"])
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises LawBroken unless requires_grad, the optimizer and the plan name the same set of live parameters."""
@@ -369,20 +316,7 @@ class Frozen:
     def _refill_handed(self) -> None:
         """Bring groups of optimizers that are not attached to the new phase; their state stays where it is."""
         attached = {id(group) for optimizer in self._optimizers for group in optimizer.param_groups}
-        params = parameters_by_name(self.model)
-        for group in self._handed:
-            if id(group) not in attached:
-                keys = [n for n in self.resolution.trainable_names if _key(self.resolution, n) == _own_key(group)]
-                group["params"], group["names"] = [params[n] for n in keys], keys
-
-    def _snapshot(self) -> Snapshot:
-        return snapshot(self.model, self.resolution)
-
-    def _close_segment(self, now: Snapshot) -> None:
-        if self._start is None:
-            return
-        report = audit(self._start, now, self.resolution)
-        self._past = report if self._past is None else self._past.merged(report)
+        refill_([group for group in self._handed if id(group) not in attached], self.model, self.resolution)
 
     def _record(self, row: Mapping[str, float]) -> None:
         row = {key: float(value) for key, value in row.items()}
@@ -404,8 +338,8 @@ class Frozen:
         if not self._checked:
             self.check(optimizer)
             self._checked = True
-            if self._audits and self._start is None:
-                self._start = self._snapshot()
+            if self._proof is not None:
+                self._proof.go_on(self.resolution)
         self._restore_rates()  # a subclass that calls super().step() brings us here twice
         mask_gradients_(self.model, self.resolution)
         self._kept_rows = keep_rows(self.model, self.resolution)
@@ -444,20 +378,3 @@ class Frozen:
                 )
         self._checked = False
         return {key: value for key, value in state.items() if key != STATE_KEY}
-
-
-def _group_key(resolution: Resolution, group: Mapping[str, Any]) -> tuple[float, bool, int]:
-    return _key(resolution, group["names"][0])
-
-
-def _key(resolution: Resolution, name: str) -> tuple[float, bool, int]:
-    d = resolution[name]
-    return d.lr, d.decays, d.since
-
-
-def _own_key(group: dict[str, Any]) -> tuple[float, bool, int]:
-    return group["lr_factor"], group["decays"], group["since"]
-
-
-def _without_rows(taken: Snapshot) -> Snapshot:
-    return Snapshot(taken.parameters, taken.buffers)

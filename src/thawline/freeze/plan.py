@@ -273,7 +273,7 @@ class FreezePlan(Strict, metaclass=_Raising):
     """
 
     train: Selectors = ()
-    """What trains: selectors (see core/select.py), added up from left to right, `!` takes away."""
+    """What trains: selectors (see core/selector_syntax.py), added up from left to right, `!` takes away."""
     freeze: Selectors = ()
     """What does not, after `train`; alone it means everything else trains."""
     preset: str | None = None

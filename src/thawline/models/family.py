@@ -219,7 +219,7 @@ def _wenet_weights(folder: Path) -> Path:
     raise CheckpointError(
         "a WeNet configuration, but no weights beside it",
         where=str(folder),
-        fix="expected final.pt, avg_N.pt, epoch_N.pt or step_N.pt; found "
+        fix="expected final.pt, avg_N.pt, epoch_N.pt, step_N.pt or N.pt; found "
         + (", ".join(sorted(p.name for p in folder.iterdir())[:8])),
     )
 

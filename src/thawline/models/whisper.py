@@ -11,6 +11,8 @@ import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from thawline.models.wenet.loss import Losses, LossSums, Term, correct, smoothed
 from thawline.models.wenet.targets import IGNORE, TeacherForcing, teacher_forcing
 from thawline.models.whisper_long import Fallback, keyed
 from thawline.models.whisper_names import LANGUAGES
+from thawline.models.whisper_nbest import EveryBeam, every_beam
 
 
 class WhisperSurface:
@@ -233,6 +236,10 @@ class WhisperSurface:
         came before, as tokens. With timestamps the tokens contain Whisper's time tokens. score: ln probability of the
         tokens and the end under the model itself, before tokens are suppressed. Suppressed tokens are those of
         generation_config.json. fallback: see there; what is taken for silence then has no tokens.
+
+        nbest: with a beam, all that the search kept, in its order; nbest_scores are then what it goes by, transformers'
+        `sequences_scores`: ln probability / tokens ** length_penalty, the end counted. Without a beam, and with a
+        fallback (whose answer may be drawn), the one hypothesis and its score.
         """
         known = [
             "mode", "beam", "languages", "tasks", "prompt_tokens", "timestamps", "max_tokens", "length_penalty",
@@ -260,14 +267,33 @@ class WhisperSurface:
         window = self.window(feats, feats_lengths)
         with self.generating():
             memory = self.model.encoder(window)
-            if fallback is None:
-                mask = torch.ones(window.size(0), window.size(2), dtype=torch.long, device=window.device)
-                ids = self.generate(
-                    encoder_outputs=memory, attention_mask=mask, force_unique_generate_call=True, **settings
-                )
-            else:
-                ids = self._decided(window, settings, fallback)
-            return self._hypotheses(memory.last_hidden_state, ids)
+            if fallback is not None:
+                return self._hypotheses(memory.last_hidden_state, self._decided(window, settings, fallback))
+            mask = torch.ones(window.size(0), window.size(2), dtype=torch.long, device=window.device)
+            search = partial(self.generate, attention_mask=mask, force_unique_generate_call=True, **settings)
+            if beam == 1:
+                return self._hypotheses(memory.last_hidden_state, search(encoder_outputs=memory))
+            with every_beam(self) as beams:
+                ids = search(encoder_outputs=memory)
+            return self._with_runners_up(memory.last_hidden_state, ids, beams[0], length_penalty)
+
+    def _with_runners_up(self, memory: Tensor, ids: Tensor, beams: Tensor, length_penalty: float) -> list[Hypothesis]:
+        """ids of the best as transformers' Whisper gives them, beams (B, beams, prompt + text + padding) of its search,
+        best first -> the best, with all of them."""
+        # One rank at a time: the probabilities of all would need beams times the memory. What the decoder makes of the
+        # sound is half the work of a pass, and the same for all.
+        seen = need("transformers", extra="hf").DynamicCache()
+        best = self._hypotheses(memory, ids, seen)
+        ranks = [self._hypotheses(memory, beams[:, rank], seen) for rank in range(1, beams.size(1))]
+        end = int(self.generation_config.eos_token_id)
+        out: list[Hypothesis] = []
+        for row, (first, *others) in enumerate(zip(best, *ranks, strict=True)):
+            kept = (first, *others)
+            ended = [(beams[row, rank, 1:] == end).any().item() for rank in range(len(kept))]
+            lengths = [max(len(h.tokens) + int(over), 1) for h, over in zip(kept, ended, strict=True)]
+            scores = tuple(h.score / n**length_penalty for h, n in zip(kept, lengths, strict=True))
+            out.append(replace(first, nbest=tuple(h.tokens for h in kept), nbest_scores=scores))
+        return out
 
     def _decided(self, window: Tensor, settings: dict[str, Any], fallback: Fallback) -> Tensor:
         """Prompt, tokens and end of each row of window (B, bins, 3000). One row at a time: what is drawn for one may
@@ -342,15 +368,19 @@ class WhisperSurface:
             best = self.proj_out(hidden)[:, 0, ids].argmax(-1).tolist()
         return [known[ids[i]] for i in best]
 
-    def _hypotheses(self, memory: Tensor, ids: Tensor) -> list[Hypothesis]:
-        """memory (B, 1500, size) of the encoder, ids (B, prompt + text + padding) -> scored hypotheses."""
+    def _hypotheses(self, memory: Tensor, ids: Tensor, seen: Any = None) -> list[Hypothesis]:
+        """memory (B, 1500, size) of the encoder, ids (B, prompt + text + padding) -> scored hypotheses.
+
+        seen: a cache of transformers' for the decoder's keys and values of `memory`, filled by the first call with it
+        """
         generation = self.generation_config
         end, start = int(generation.eos_token_id), int(generation.decoder_start_token_id)
         first_time = int(generation.no_timestamps_token_id) + 1
         hidden = self.model.decoder(
             input_ids=ids[:, :-1].clamp(max=self.config.vocab_size - 1),
             encoder_hidden_states=memory,
-            use_cache=False,
+            use_cache=seen is not None,
+            past_key_values=None if seen is None else _with_no_text(seen),
         ).last_hidden_state
         logp = self.proj_out(hidden).float().log_softmax(-1)
         chosen = logp.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1).double().cpu()
@@ -377,6 +407,12 @@ class WhisperSurface:
         return out
 
 
+def _with_no_text(seen: Any) -> Any:
+    """A decoder's cache that holds, of what it has read, the sound alone."""
+    transformers = need("transformers", extra="hf")
+    return transformers.EncoderDecoderCache(transformers.DynamicCache(), seen)
+
+
 def _not_about_itself(record: logging.LogRecord) -> bool:
     """Drops transformers' warning about arguments that its own Whisper passes on beside a generation config."""
     return "Passing `generation_config` together with" not in record.getMessage()
@@ -384,13 +420,15 @@ def _not_about_itself(record: logging.LogRecord) -> bool:
 
 @functools.cache
 def _whisper_class() -> type[nn.Module]:
-    network = need("transformers", extra="hf").WhisperForConditionalGeneration
+    transformers = need("transformers", extra="hf")
+    network = transformers.WhisperForConditionalGeneration
+    search = type("EveryBeam", (EveryBeam, transformers.GenerationMixin), {})
     body = {
         "__module__": __name__,
         "__qualname__": "Whisper",
         "__doc__": "transformers' WhisperForConditionalGeneration with this project's surface.",
     }
-    made: type[nn.Module] = type("Whisper", (WhisperSurface, network), body)
+    made: type[nn.Module] = type("Whisper", (WhisperSurface, network, search), body)
     return made
 
 

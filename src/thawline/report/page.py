@@ -49,7 +49,7 @@ def write_page(directory: Path, *, out: Path | None = None, review: Mapping[str,
         raise RecipeError(f"{str(directory)!r} is not a run directory", fix="it would hold recipe.yaml and base.json")
     target = out if out is not None else files.path / "report.html"
     with atomic_file(target, force=True) as handle:
-        handle.write(page(files, review).encode())
+        handle.write(page(files, review).encode("utf-8", "backslashreplace"))  # names need not be UTF-8
     return target
 
 

@@ -55,7 +55,12 @@ def compare(a: Path | str, b: Path | str, *, base: Path | str | None = None) -> 
         under = None if base is None else opened.enter_context(fetched(base))
         if under is not None and not any(map(_needs, places)):
             raise RecipeError("neither of the two leaves anything to a base", where="--base", fix="leave it out")
-        one, two = (opened.enter_context(open_source(place, base=under if _needs(place) else None)) for place in places)
+        one, two = (
+            opened.enter_context(open_source(place, base=under if _needs(place) else None, apart=True))
+            for place in places
+        )
+        if bool(one.adapters) != bool(two.adapters):  # the one is a model with its adapters merged
+            one, two = one.merged(), two.merged()
         widened = tuple(
             name
             for name in one.names

@@ -87,12 +87,19 @@ PAGES: tuple[Page, ...] = (
         ("the same command goes on, and so does `thawline resume RUN`: bit for bit as if it had never stopped",),
     ),
     Page("0", "Done."),
-    Page("1", "The run ended for a reason of its own, such as a loss that stays not finite; the message says which."),
+    Page(
+        "1",
+        "It ended for a reason of its own, such as a loss that stays not finite, memory that ran out, or a file that "
+        "the system refuses; the message says which. For `thawline diff`: there are differences.",
+        ("`thawline --traceback VERB ...` shows where in the code an error arose",),
+    ),
     Page("2", "A recipe or the usage is wrong: see RecipeError, SelectorError, MissingExtra.", _RECIPE_HELP),
     Page("3", "The data are wrong: see DataError.", ("`thawline data check LIST`",)),
     Page("4", "A checkpoint or base does not fit: see CheckpointError, BaseMismatch.", _BASE_HELP),
     Page("5", "A law was broken: see LawBroken.", ("`thawline audit RUN` says what changed",)),
     Page("75", "Stopped early with a whole checkpoint: see Stopped.", ("`thawline resume RUN` goes on",)),
+    Page("130", "Interrupted (Ctrl-C) where there was no training to stop: nothing half done is left."),
+    Page("141", "Whoever read the output has left, as `head` does; the rest of it was not written."),
     Page(
         "EXACT",
         "Grade of a resume: the run goes on with the same bits as if it had never stopped.",

@@ -9,6 +9,10 @@ step_N is written after update number N and before it is counted: N + 1 are done
 WarmupLR at the number of updates done, and stands in `lrs`. WeNet itself, taken up from there, gives its next update
 the first rate of the warm-up, since set_step moves the counter and not the optimizer's rate; and after epoch_N it
 counts one step too many, which moves the whole schedule.
+
+Before 2024 an epoch's files are N.pt and N.yaml, and N.yaml holds no settings but `epoch`, `lr` (the rate that the
+epoch began with), `cv_loss` and `step`, which counts from -1: step + 1 updates are done. The settings are in
+train.yaml.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 """What WeNet does where a train.yaml says nothing."""
 
-_TAG = re.compile(r"(epoch|step)_(\d+)")
+_TAG = re.compile(r"(?:(epoch|step)_)?(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,8 @@ class WenetRun:
             raise CheckpointError(
                 "no checkpoint of a WeNet training is here",
                 where=str(folder),
-                fix="it would be epoch_N.yaml or step_N.yaml, and beside it the same with .pt or DeepSpeed's folder",
+                fix="it would be epoch_N.yaml, step_N.yaml, or (before 2024) N.yaml with a train.yaml, and beside it "
+                "the same with .pt or DeepSpeed's folder",
             )
         if tag == NEWEST:
             return max(found.values(), key=lambda run: (run.step, run.epoch is not None))
@@ -89,14 +94,18 @@ class WenetRun:
         if name is None or weights is None:
             return None
         written: Any = read_yaml(sidecar).data
+        if name[1] is None:
+            common = sidecar.with_name("train.yaml")
+            if not isinstance(written, Mapping) or not {"step", "epoch"} <= written.keys() or not common.is_file():
+                return None
+            written = {**read_yaml(common).data, **written}  # its `lr` is not the next one: there are no `lrs`
         settings = {**_DEFAULTS, **written}
-        by_epochs = name[1] == "epoch"
         return cls(
             tag=sidecar.stem,
             weights=weights,
             settings=settings,
-            step=int(settings["step"]) + (0 if by_epochs else 1),
-            epoch=int(settings["epoch"]) + 1 if by_epochs else None,
+            step=int(settings["step"]) + (0 if name[1] == "epoch" else 1),
+            epoch=None if name[1] == "step" else int(settings["epoch"]) + 1,
         )
 
     @property
@@ -129,7 +138,13 @@ class WenetRun:
         return said
 
     def _rate(self) -> str:
-        recorded, kind = float(self.settings["lrs"][-1]), str(self.settings.get("scheduler", "warmuplr"))
+        kind = str(self.settings.get("scheduler", "warmuplr"))
+        if "lrs" not in self.settings:
+            said = "WeNet before 2024 records the rate that an epoch began with, not the next one"
+            if kind.lower() != "warmuplr":
+                return f"{said}; the schedule here is the nearest that there is to {kind}"
+            return f"the next learning rate is {self._warmup_rate():.6g} by its settings ({said})"
+        recorded = float(self.settings["lrs"][-1])
         if kind.lower() != "warmuplr":
             return f"WeNet's next learning rate is {recorded:.6g}, by {kind}; the schedule here is the nearest there is"
         ours = self._warmup_rate()

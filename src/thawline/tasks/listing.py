@@ -33,8 +33,9 @@ class RunRow:
     bytes: int
 
 
-def list_runs(folder: Path) -> list[RunRow]:
+def list_runs(folder: str | Path) -> list[RunRow]:
     """The run `folder` is, or the runs directly inside it, by name. Raises RecipeError where there is none."""
+    folder = Path(folder)
     if not folder.is_dir():
         raise RecipeError(f"there is no folder {str(folder)!r}", fix="give the folder that holds the runs")
     own = RunDirectory(folder.absolute())

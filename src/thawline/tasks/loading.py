@@ -49,6 +49,12 @@ def locate(path: Path | str, base: Path | str | None = None) -> Location:
             near = near_names(place.name, [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else [])
             hint = f"did you mean {place.parent / near[0]}?" if near else "check the path"
             raise CheckpointError("no such file or directory", where=str(place), fix=hint)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        raise CheckpointError(
+            "this describes a run or a model, and is none",
+            where=str(path),
+            fix="give the folder of the run or the model",
+        )
     run = RunDirectory(path)
     if run.begun:
         if run.finished and given is None:
@@ -90,7 +96,7 @@ def load(path: Path | str, base: Path | str | None = None) -> nn.Module:
 def _load(path: Path, base: Path | None) -> nn.Module:
     from thawline.tasks import kinds, vision_classifier  # both stand on this module
 
-    if kinds.kind_of(path) == "vision":
+    if kinds.kind_of(path, base) == "vision":
         return vision_classifier.load_classifier(path, base)[0]
     from thawline.tasks import videochat_loading
 
@@ -125,9 +131,10 @@ def load_located(place: Location) -> nn.Module:
     if delta is None:
         return load_recogniser(place.home, weights=place.weights, base=place.base)
     assert place.base is not None
-    if any(is_adapter(name) for name in delta.tensors):
+    if not delta.adapters and any(is_adapter(name) and name not in delta.base.digests for name in delta.tensors):
         raise CheckpointError(
-            "it holds LoRA adapters, and what they are scaled by is in the recipe of its run",
+            "it holds LoRA adapters, and not what they are scaled by: it was written by an older Thawline, which left "
+            "that to the recipe of the run",
             where=str(place.weights),
             fix="give the run's folder or its checkpoint there; thawline export RUN makes a model that stands alone",
         )

@@ -23,9 +23,11 @@ from thawline.freeze.memory import MemoryEstimate, estimate
 from thawline.freeze.plan import FreezePlan
 from thawline.freeze.resolve import Resolution, resolve_all
 from thawline.models.recompute import recompute_
+from thawline.tasks.loading import locate
 from thawline.tasks.runs import open_recipe
 from thawline.train.law import shape_
 from thawline.train.recipe import Recipe
+from thawline.train.rundir import RunDirectory
 from thawline.train.seeding import seed_all
 from thawline.train.task import Task
 
@@ -69,7 +71,10 @@ class Preview:
             lines.append(resolution.table())
             lines.append(
                 f"memory   weights {_mb(memory.weights_bytes)}, gradients {_mb(memory.gradients_bytes)}, "
-                f"optimizer {_mb(memory.optimizer_bytes)}, together {_mb(memory.total_bytes)}, without activations"
+                f"optimizer {_mb(memory.optimizer_bytes)}, "
+                + (f"averages {_mb(memory.averages_bytes)}, " if memory.averages_bytes else "")
+                + f"together {_mb(memory.total_bytes)}, without activations; "
+                f"a save copies {_mb(memory.saving_bytes)} on the host"
             )
         if self.activations is not None:
             lines.append(f"         activations of one micro-batch {_mb(self.activations)} (measured, first phase)")
@@ -95,9 +100,14 @@ def preview(
         if train or preset or like:
             raise RecipeError("a recipe has its own plan", fix="override it: plan.train='[...]'")
         return _of_recipe(*open_recipe(target, overrides))
+    run = RunDirectory(target)
+    if run.begun:
+        raise RecipeError("this is a run", where=str(target), fix=f"its plan: `thawline plan {run.recipe}`")
+    locate(target)  # that there is something
     if not (train or preset or like):
         raise RecipeError(
             "a model has no plan of its own",
+            where=str(target),
             fix="give --train SELECTOR, --preset NAME or --like TOOL, or a recipe instead",
         )
     with open_source(target) as source:
@@ -134,7 +144,11 @@ def _of_recipe(recipe: Recipe, task: Task) -> Preview:
     if recipe.run.recompute:
         recompute_(model)
     momentum = recipe.optim.momentum if recipe.optim.name == "sgd" else 0.0
-    memory = tuple(estimate(r, optimizer=recipe.optim.name, momentum=momentum) for r in phases)
+    ema = recipe.run.ema is not None
+    memory = tuple(
+        estimate(r, optimizer=recipe.optim.name, momentum=momentum, ema=ema, earlier=phases[:n])
+        for n, r in enumerate(phases)
+    )
     findings = doctor.before(model, phases[0])
     activations, seen = _first_batch(recipe, task, model, phases[0])
     notes = tuple(getattr(task, "notes", ()))  # some are known only once the samples have been opened

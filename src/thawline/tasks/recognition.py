@@ -11,20 +11,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from thawline.core.config import near_names
 from thawline.data.audio import decode as decode_audio
-from thawline.data.audio import duration_s, resample
+from thawline.data.audio import resample
 from thawline.data.loader import BatchRequest, Loader
 from thawline.data.manifest import read_manifest
 from thawline.data.sampler import Batching, BatchPlan, Cursor
 from thawline.data.speech import SpeechSamples
 from thawline.data.speech_frontend import SpeechFrontend
 from thawline.data.text import Tokenizer
-from thawline.data.utterance import Utterance
 from thawline.errors import DataError
 from thawline.models.wenet.model import U2Model
 from thawline.tasks.asr import evaluate, scored_
 from thawline.tasks.loading import load_located, locate
+from thawline.tasks.recordings import existing, seconds_of
 from thawline.tasks.speech_decoding import settings_of
 from thawline.tasks.speech_home import SpeechHome
 from thawline.tasks.speech_options import SpeechOptions
@@ -114,8 +113,8 @@ class Recognizer:
         """
         waiting: list[tuple[str, NDArray[np.float32]]] = []
         for file in files:
-            path = _existing(Path(file))
-            seconds = duration_s(Utterance(key=str(file), wav=str(path), txt=""))
+            path = existing(Path(file))
+            seconds = seconds_of(path)
             if seconds > limit_s:
                 raise DataError(
                     f"{seconds / 3600:.2f} hours are more than the limit of {limit_s / 3600:.2f}",
@@ -184,14 +183,3 @@ def _run_of(model: Path) -> Path | None:
         if (folder / "recipe.yaml").is_file() and (folder / "base.json").is_file():
             return folder
     return None
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        near = near_names(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else []
-        raise DataError(
-            "no such audio file",
-            where=str(path),
-            fix=f"did you mean {path.parent / near[0]}?" if near else "check the path",
-        )
-    return path.absolute()

@@ -49,6 +49,15 @@ def task_of(recipe: Recipe) -> Task:
 
 def open_recipe(path: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> tuple[Recipe, Task]:
     """The recipe with its task. What a task's own options say of the plan, and of files, is written out."""
+    if Path(path).is_dir():
+        begun = RunDirectory(Path(path)).begun
+        raise RecipeError(
+            f"this is a {'run' if begun else 'folder'}, and not a recipe",
+            where=str(path),
+            fix=f"`thawline resume {path}` goes on with it"
+            if begun
+            else f"`thawline init {path}` writes one for a model",
+        )
     recipe = read_recipe(path, overrides)
     task = task_of(recipe)
     complete = getattr(task, "complete", None)
@@ -216,11 +225,12 @@ def _digests(checkpoint: Checkpoint) -> dict[str, str]:
 def _begun(directory: str | Path) -> RunDirectory:
     files = RunDirectory(Path(directory).absolute())
     if not files.begun:
-        wenets = (files.path / "train.yaml").is_file()
-        raise RecipeError(
-            f"{str(directory)!r} is not a run directory",
-            fix=f"a WeNet training goes on by `thawline init {directory} --continue` and training the recipe it writes"
-            if wenets
-            else "it would hold recipe.yaml and base.json; begin one with thawline train",
-        )
+        fix = "it would hold recipe.yaml and base.json; begin one with thawline train"
+        if (files.path / "train.yaml").is_file():
+            fix = (
+                f"a WeNet training goes on by `thawline init {directory} --continue` and training the recipe it writes"
+            )
+        elif files.path.is_file():
+            fix = f"a recipe's run goes on by the command that began it: `thawline train {directory}`"
+        raise RecipeError(f"{str(directory)!r} is not a run directory", fix=fix)
     return files

@@ -73,12 +73,13 @@ def evaluation_page(
         f'<tr><th>{escape(name)}</th><td class="n">{_figure(name, value)}</td></tr>' for name, value in metrics.items()
     )
     table = error_table(rows)
-    return (
+    page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style><body><h1>{escape(title)}</h1>"
         f"<table>{figures}</table><h2>Commonest errors</h2>{_tables(table)}"
         f"<h2>Utterances, worst first</h2>{''.join(sections)}</body></html>\n"
     )
+    return page.encode("utf-8", "backslashreplace").decode()  # a byte of a name that is not UTF-8: \udcXX, as in JSON
 
 
 def _figure(name: str, value: float) -> str:

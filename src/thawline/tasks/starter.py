@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from thawline.core.config import dump_yaml, read_yaml
+from thawline.core.config import dump_yaml, read_yaml, scalar_text
 from thawline.errors import RecipeError
 from thawline.tasks.foreign import WenetRun
+from thawline.tasks.loading import locate
 from thawline.tasks.videochat_starter import is_video_chat, videochat_recipe
 from thawline.tasks.vision_starter import is_classifier, vision_recipe
 
@@ -45,23 +47,23 @@ run:
 def starter_recipe(model: Path, *, train: str, valid: str, name: str) -> str:
     """The text of a recipe for `model`. A WeNet directory's train.yaml gives its data, optimizer and schedule settings.
 
-    Raises RecipeError where `model` is neither a WeNet nor a Hugging Face directory, no image classifier, and nothing
-    of VideoChat2.
+    Raises CheckpointError where nothing is there, RecipeError where `model` is neither a WeNet nor a Hugging Face
+    directory, no image classifier, and nothing of VideoChat2.
     """
+    locate(model)  # that there is something
+    data = {"train": scalar_text(train), "valid": scalar_text(valid), "name": shell_word(name)}
     if is_video_chat(model):
-        return videochat_recipe(model, train=train, valid=valid, name=name)
+        return videochat_recipe(model, **data)
     if is_classifier(model):
-        return vision_recipe(model, train=train, valid=valid, name=name)
+        return vision_recipe(model, **data)
     if (model / "train.yaml").is_file():
-        return _wenet(model, train=train, valid=valid, name=name)
+        return _wenet(model, **data)
     if (model / "config.json").is_file():
         return _TEMPLATE.format(
-            name=name,
+            **data,
             terms="",
-            model=model,
+            model=scalar_text(model),
             start="",
-            train=train,
-            valid=valid,
             batch="{size: 8}",
             conf="",
             train_names="[model.decoder]",
@@ -86,24 +88,36 @@ def starter_recipe(model: Path, *, train: str, valid: str, name: str) -> str:
 _RATES = '  # lr: {{"{first}.**": 0.1}}   # multiples of optim.lr\n'
 
 
+def shell_word(name: Path | str) -> str:
+    """A file's name as a shell takes it; RECIPE for one that no single line of text can hold."""
+    text = str(name)
+    return shlex.quote(text) if text.isprintable() else "RECIPE"
+
+
+def printable(text: str) -> str:
+    """`text` on one line, as a comment may hold it: what cannot be printed by its code."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def continuing_recipe(run: WenetRun, *, train: str, valid: str, name: str) -> str:
     """The text of a recipe that goes on with a WeNet training: its settings, its counters, everything trains."""
     start = f"step: {run.step}" + ("" if run.epoch is None else f", epoch: {run.epoch}")
-    start += "" if run.moments is None else f', optimizer: "{run.moments}"'
+    start += "" if run.moments is None else f", optimizer: {scalar_text(run.moments)}"
     values = _wenet_values(run.settings) | {
-        "terms": "".join(f"# {term}\n" for term in run.terms()),
+        "terms": "".join(f"# {printable(term)}\n" for term in run.terms()),
         "start": f"start: {{{start}}}\n",
         "train_names": '["**"]',
         "epochs": max(int(run.settings["max_epoch"]), (run.epoch or 0) + 1),
     }
-    return _TEMPLATE.format(name=name, model=run.weights, train=train, valid=valid, **values)
+    data = {"train": scalar_text(train), "valid": scalar_text(valid), "name": shell_word(name)}
+    return _TEMPLATE.format(model=scalar_text(run.weights), **data, **values)
 
 
 def _wenet(model: Path, *, train: str, valid: str, name: str) -> str:
     settings: Any = read_yaml(model / "train.yaml").data
     values = _wenet_values(settings)
     values["rates"] = values["rates"] or _RATES.format(first="decoder")
-    return _TEMPLATE.format(name=name, model=model, train=train, valid=valid, **values)
+    return _TEMPLATE.format(model=scalar_text(model), train=train, valid=valid, name=name, **values)
 
 
 def _wenet_values(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,15 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
 from torch import nn
 
 from thawline.core import hub
-from thawline.core.config import Strict
-from thawline.data.conversation import Format, read_dialogues
+from thawline.data.conversation import Dialogues, Format, read_dialogues
 from thawline.data.conversation_templates import TEMPLATES, Targets
-from thawline.data.video import How
 from thawline.data.videochat import ChatBatch, ChatSamples, ClipSettings
-from thawline.errors import CheckpointError, RecipeError
+from thawline.errors import RecipeError
 from thawline.freeze.inspect import index_of
 from thawline.freeze.plan import FreezePlan
 from thawline.freeze.resolve import resolve_all
@@ -24,19 +23,25 @@ from thawline.models.videochat.names import Part
 from thawline.models.videochat.switches import SwitchedPlan, Switches, plan_of
 from thawline.tasks.videochat_export import Extra, export
 from thawline.tasks.videochat_home import NAME, NORMALISATIONS, ChatHome
-from thawline.tasks.videochat_recognition import home_at, read_section, recognises
+from thawline.tasks.videochat_recognition import home_at, read_section, recognises, section_of
+from thawline.tasks.videochat_settings import (
+    PRESET,
+    ClipConf,
+    PartsOptions,
+    path_of,
+    refuse_parts_of_random_start,
+    settled,
+)
 from thawline.train.recipe import Recipe
 from thawline.train.task import Evaluation, LossSums, PlainSums, Samples, SumTerm
 
-PRESET = "switches"
-"""`plan: {preset: switches}`: the plan that the `freeze_*` switches in `options` mean."""
 NO_DECAY = ("@bias", "@norm", "**.{q,v}_bias")
 """What upstream keeps from weight decay: one-dimensional parameters and biases (`utils/optimizer.py`)."""
 
 _PATHS = ("llm", "bert", "config")
 
 
-class VideoChatOptions(Strict):
+class VideoChatOptions(PartsOptions):
     """`options` of a video-chat recipe. Paths are relative to the recipe.
 
     Where `model` is a directory that describes itself (`videochat.json`) or holds the parts, `llm`, `bert`, `config`
@@ -50,8 +55,6 @@ class VideoChatOptions(Strict):
     config: str | dict[str, Any] = ""
     """Upstream's `model` section, written here, or the path of the file that holds it: JSON, YAML, or one of upstream's
     scripts (`config_7b_stage3.py`), which is read and not run."""
-    parts: tuple[str, ...] = ()
-    """The files of the stages in the order of loading."""
     new: tuple[Part, ...] = ()
     """What starts from initial values on purpose: extra_queries and projection in stage 2, lora in stage 3."""
     stage: Literal[2, 3, "hd"] | None = None
@@ -77,20 +80,12 @@ class VideoChatOptions(Strict):
         return [name for name in Switches.__dataclass_fields__ if getattr(self, name) is not None]
 
 
-class ChatConf(Strict):
+class ChatConf(ClipConf):
     """`data.conf` of a video-chat recipe: how the instruction file and its clips are read."""
 
-    media_root: str = ""
-    """What relative paths in the instruction file are relative to; empty: the file's own folder."""
     format: Format = "auto"
-    frames: int | None = None
+    frames: int | None = Field(default=None, ge=1)
     """Frames a video; empty: as the model's configuration says."""
-    size: int | None = None
-    """Pixels of a frame's (or a tile's) side; empty: as the model's configuration says."""
-    sampling: How = "random"
-    """Frames in training; evaluation takes the middle of equal stretches."""
-    augment: bool = True
-    """Random crop and mirror image in training."""
     normalisation: Literal["imagenet", "clip"] | None = None
     """Of pixels; empty: as the model says, else ImageNet's, which VideoChat2 is trained with (its demos use CLIP's)."""
     say_times: bool | None = None
@@ -119,7 +114,7 @@ class VideoChatTask:
 
         Raises RecipeError where switches and a plan of its own contradict each other.
         """
-        options = recipe.bind_part(VideoChatOptions, "options")
+        options: VideoChatOptions = recipe.bind_part(VideoChatOptions, "options")
         plan = recipe.plan
         if plan.preset == PRESET:
             plan, switched = switched_plan(recipe, options)
@@ -131,29 +126,15 @@ class VideoChatTask:
                 where=options.where(first),
                 fix=f"write plan: {{preset: {PRESET}}}, or leave the switches out",
             )
-        kept = {name: value for name, value in recipe.options.items() if name not in Switches.__dataclass_fields__}
-        for name in _PATHS:
-            if isinstance(kept.get(name), str) and kept[name]:
-                kept[name] = str(_path(options, name))
-        if "parts" in kept:
-            kept["parts"] = [str(p) for p in _parts(options)]
-        conf = dict(recipe.data.conf)
-        if conf.get("media_root"):
-            conf["media_root"] = str(_path(recipe.bind_part(ChatConf, "data", "conf"), "media_root"))
-        data = recipe.data.model_copy(update={"conf": conf})
-        return recipe.model_copy(update={"options": kept, "plan": plan, "data": data})
+        conf: ChatConf = recipe.bind_part(ChatConf, "data", "conf")
+        return settled(recipe, options, conf, plan=plan, switches=Switches.__dataclass_fields__, paths=_PATHS)
 
     def build(self, recipe: Recipe) -> nn.Module:
         self.options = recipe.bind_part(VideoChatOptions, "options")
         self._plan = recipe.plan
         self._home = home = home_of(recipe, self.options)
         self._drawn = recipe.init == "random"
-        if self._drawn and home.parts:
-            raise RecipeError(
-                f"init: random draws every weight, and {len(home.parts)} files of weights are named",
-                where=recipe.where("init"),
-                fix="leave out the parts, or init",
-            )
+        refuse_parts_of_random_start(recipe, home.parts)
         self._opened, report = home.open(seed=recipe.run.seed, random_weights=self._drawn, command=self._command)
         if report is not None:
             self.notes = tuple(dict.fromkeys((*self.notes, *report.undecidable)))
@@ -162,22 +143,17 @@ class VideoChatTask:
     def samples(self, recipe: Recipe, model: nn.Module, split: str) -> ChatSamples:
         home, opened = self._built()
         conf: ChatConf = recipe.bind_part(ChatConf, "data", "conf")
-        root = _path(conf, "media_root") if conf.media_root else None
-        dialogues = read_dialogues(recipe.path("data", split), media_root=root, format=conf.format)
+        dialogues = read_dialogues(recipe.path("data", split), media_root=conf.media_folder(), format=conf.format)
         upstream = self.options.compat == "upstream"
-        return ChatSamples(
+        return chat_samples(
+            home,
+            opened,
             dialogues,
-            template=TEMPLATES[home.config.family],
-            tokenizer=opened.tokenizer,
-            instruction_tokenizer=opened.instruction_tokenizer,
             settings=clip_settings(home, conf),
             training=split == "train",
             seed=recipe.run.seed,
-            max_text_tokens=home.config.max_text_tokens,
-            padding=home.config.qformer.padding,
             shuffle_turns=conf.shuffle_turns,
             targets=conf.targets or ("upstream" if upstream else "answers"),
-            visual_tokens=home.config.qformer.all_queries,
         )
 
     def weights(self, model: nn.Module, batch: ChatBatch) -> Mapping[str, float]:
@@ -208,6 +184,34 @@ class VideoChatTask:
         return "in the recipe, options.parts: [" + ", ".join(o for o in order if not o.startswith("<lang")) + "]"
 
 
+def chat_samples(
+    home: ChatHome,
+    opened: Opened,
+    dialogues: Dialogues,
+    *,
+    settings: ClipSettings,
+    training: bool,
+    seed: int = 0,
+    shuffle_turns: bool = True,
+    targets: Targets = "answers",
+) -> ChatSamples:
+    """The samples of an instruction file as a model reads them: its template, its tokenizers, its lengths."""
+    return ChatSamples(
+        dialogues,
+        template=TEMPLATES[home.config.family],
+        tokenizer=opened.tokenizer,
+        instruction_tokenizer=opened.instruction_tokenizer,
+        settings=settings,
+        training=training,
+        seed=seed,
+        max_text_tokens=home.config.max_text_tokens,
+        padding=home.config.qformer.padding,
+        shuffle_turns=shuffle_turns,
+        targets=targets,
+        visual_tokens=home.config.qformer.all_queries,
+    )
+
+
 def evaluate(model: Any, batches: Iterator[ChatBatch]) -> Evaluation:
     """Loss and accuracy a learnt token over `batches`, and a row for each micro-batch of a single sample.
 
@@ -236,7 +240,7 @@ def evaluate(model: Any, batches: Iterator[ChatBatch]) -> Evaluation:
 def home_of(recipe: Recipe, options: VideoChatOptions) -> ChatHome:
     """The parts of the model that a recipe names. Raises RecipeError for what is missing or cannot be meant."""
     model = hub.local(recipe.path("model"))
-    parts = _parts(options)
+    parts = options.part_paths()
     stage = 3 if options.stage == "hd" else options.stage
     if recognises(model):
         home = home_at(model)
@@ -245,8 +249,8 @@ def home_of(recipe: Recipe, options: VideoChatOptions) -> ChatHome:
     else:
         home = ChatHome.assemble(
             path=model,
-            llm=_path(options, "llm") if options.llm else model,
-            bert=_path(options, "bert") if options.bert else None,
+            llm=path_of(options, "llm") if options.llm else model,
+            bert=path_of(options, "bert") if options.bert else None,
             upstream=_section(recipe, options),
             parts=parts,
             new=options.new,
@@ -324,27 +328,10 @@ def _section(recipe: Recipe, options: VideoChatOptions) -> Mapping[str, Any]:
 def _written_section(recipe: Recipe, options: VideoChatOptions) -> Mapping[str, Any]:
     """The section that the recipe names, or that lies in the directory of parts; empty where there is none."""
     if isinstance(options.config, dict):
-        inner: Mapping[str, Any] = options.config.get("model", options.config)
-        return inner
+        return section_of(options.config, where=options.where("config"))
     if options.config:
-        return read_section(_path(options, "config"))
+        return read_section(path_of(options, "config"))
     model = recipe.path("model")
     if model.is_dir() and recognises(model) and not (model / NAME).is_file():
         return read_section(model / "config.json")
     return {}
-
-
-def _path(settings: Strict, name: str) -> Path:
-    return hub.local((settings.folder(name) / Path(str(getattr(settings, name))).expanduser()).absolute())
-
-
-def _parts(options: VideoChatOptions) -> tuple[Path, ...]:
-    made = tuple(
-        (options.folder("parts", i) / Path(part).expanduser()).absolute() for i, part in enumerate(options.parts)
-    )
-    for number, path in enumerate(made):
-        if not path.exists():
-            raise CheckpointError(
-                f"no such file: {path}", where=options.where("parts", number), fix="check the path of this part"
-            )
-    return made

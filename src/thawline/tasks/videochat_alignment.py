@@ -11,9 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from thawline.core.config import Strict, read_yaml
+from thawline.core.config import read_yaml
 from thawline.data.conversation import read_dialogues
-from thawline.data.video import How
 from thawline.data.videochat import ClipSettings
 from thawline.data.videochat_captions import CaptionBatch, CaptionSamples
 from thawline.errors import CheckpointError, DataError, RecipeError
@@ -22,24 +21,33 @@ from thawline.models.videochat.alignment_loading import New
 from thawline.models.videochat.script import read_script
 from thawline.models.videochat.switches import SwitchedPlan, plan_of_stage1
 from thawline.tasks.videochat_alignment_home import AlignmentHome, is_alignment
+from thawline.tasks.videochat_settings import (
+    PRESET,
+    ClipConf,
+    PartsOptions,
+    path_of,
+    refuse_parts_of_random_start,
+    settled,
+    upstream_values,
+)
 from thawline.train.recipe import Recipe
 from thawline.train.rundir import RunDirectory
 from thawline.train.task import Evaluation, PlainSums, Samples, SumTerm
 
-PRESET = "switches"
 NO_DECAY = ("@bias", "@norm", "**.{q,v}_bias", "query_tokens", "temp", "vision_temp_embed")
 """What upstream keeps from weight decay in stage 1 (`VideoChat2_qformer.no_weight_decay`)."""
 TOP = 5
 
 
-class AlignmentOptions(Strict):
-    """`options` of a stage-1 recipe. Paths are relative to the recipe; `model` is BERT's directory."""
+class AlignmentOptions(PartsOptions):
+    """`options` of a stage-1 recipe. Paths are relative to the recipe; `model` is BERT's directory.
+
+    `parts` are UMT's file (`l16_25m.pth`), BERT's where they do not lie in `model`, or a stage-1 file.
+    """
 
     config: str | dict[str, Any] = ""
     """Upstream's `model` and `criterion` sections, written here, or the file that holds them: JSON, YAML, or upstream's
     script (`config_7b_stage1.py`), which is read and not run."""
-    parts: tuple[str, ...] = ()
-    """Files of weights: UMT's (`l16_25m.pth`), BERT's where they do not lie in `model`, or a stage-1 file."""
     new: tuple[New, ...] = ()
     """What begins from initial values on purpose."""
     max_words: int = 32
@@ -51,17 +59,8 @@ class AlignmentOptions(Strict):
     """Upstream's switch, in force with `plan: {preset: switches}`."""
 
 
-class CaptionConf(Strict):
+class CaptionConf(ClipConf):
     """`data.conf` of a stage-1 recipe."""
-
-    media_root: str = ""
-    """What relative paths in the caption file are relative to; empty: the file's own folder."""
-    size: int | None = None
-    """Pixels of a frame's side; empty: as the model's configuration says."""
-    sampling: How = "random"
-    """Frames in training; evaluation takes the middle of equal stretches."""
-    augment: bool = True
-    """Random crop and mirror image in training."""
 
 
 class AlignmentTask:
@@ -87,26 +86,13 @@ class AlignmentTask:
             if not plan.no_decay:
                 changes["no_decay"] = NO_DECAY
             plan = plan.model_copy(update=changes)
-        kept = {name: value for name, value in recipe.options.items() if name != "freeze_vision_encoder"}
-        if isinstance(kept.get("config"), str) and kept["config"]:
-            kept["config"] = str(_path(options, "config"))
-        if "parts" in kept:
-            kept["parts"] = [str(p) for p in _parts(options)]
-        conf = dict(recipe.data.conf)
-        if conf.get("media_root"):
-            conf["media_root"] = str(_path(recipe.bind_part(CaptionConf, "data", "conf"), "media_root"))
-        data = recipe.data.model_copy(update={"conf": conf})
-        return recipe.model_copy(update={"options": kept, "plan": plan, "data": data})
+        conf: CaptionConf = recipe.bind_part(CaptionConf, "data", "conf")
+        return settled(recipe, options, conf, plan=plan, switches=("freeze_vision_encoder",), paths=("config",))
 
     def build(self, recipe: Recipe) -> nn.Module:
         self.options = recipe.bind_part(AlignmentOptions, "options")
         drawn = recipe.init == "random"
-        if drawn and self.options.parts:
-            raise RecipeError(
-                f"init: random draws every weight, and {len(self.options.parts)} files of weights are named",
-                where=recipe.where("init"),
-                fix="leave out the parts, or init",
-            )
+        refuse_parts_of_random_start(recipe, self.options.parts)
         self.home = home = home_of(recipe, self.options)
         model, notes = home.open(seed=recipe.run.seed, random_weights=drawn)
         self.notes = tuple(dict.fromkeys((*self.notes, *notes)))
@@ -114,10 +100,9 @@ class AlignmentTask:
 
     def samples(self, recipe: Recipe, model: nn.Module, split: str) -> CaptionSamples:
         conf: CaptionConf = recipe.bind_part(CaptionConf, "data", "conf")
-        root = _path(conf, "media_root") if conf.media_root else None
         assert self.home is not None, "the task has built no model yet"
         return CaptionSamples(
-            read_dialogues(recipe.path("data", split), media_root=root),
+            read_dialogues(recipe.path("data", split), media_root=conf.media_folder()),
             tokenizer=self.home.tokenizer(),
             settings=self.home.clips,
             training=split == "train",
@@ -200,7 +185,7 @@ def home_of(recipe: Recipe, options: AlignmentOptions) -> AlignmentHome:
             path=model,
             config=_config(recipe, options, model),
             bert=model,
-            parts=(*((model,) if _has_weights(model) else ()), *_parts(options)),
+            parts=(*((model,) if _has_weights(model) else ()), *options.part_paths()),
             new=options.new,
         )
     clips = ClipSettings(
@@ -215,17 +200,18 @@ def home_of(recipe: Recipe, options: AlignmentOptions) -> AlignmentHome:
 def _config(recipe: Recipe, options: AlignmentOptions, bert: Path) -> AlignmentConfig:
     path = bert / "config.json"
     try:
-        sizes = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
+        sizes = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as exc:
         raise CheckpointError(
             f"BERT's configuration cannot be read: {exc}",
             where=str(path),
             fix="model: the directory of bert-base-uncased (config.json, vocab.txt, and its weights)",
         ) from exc
     sections = _sections(recipe, options)
-    return alignment_from_upstream(
-        sections.get("model") or {}, sections.get("criterion") or {}, bert=sizes, max_words=options.max_words
-    )
+    with upstream_values(f"{options.where('config') or 'options.config'}, with {path}"):
+        return alignment_from_upstream(
+            sections.get("model") or {}, sections.get("criterion") or {}, bert=sizes, max_words=options.max_words
+        )
 
 
 def _sections(recipe: Recipe, options: AlignmentOptions) -> Mapping[str, Any]:
@@ -237,7 +223,7 @@ def _sections(recipe: Recipe, options: AlignmentOptions) -> Mapping[str, Any]:
             where=recipe.where("model"),
             fix="options.config: upstream's sections model and criterion, or the file that holds them",
         )
-    path = _path(options, "config")
+    path = path_of(options, "config")
     if path.suffix == ".py" and path.is_file():
         text = path.read_text(encoding="utf-8")
         return {name: read_script(text, name=name, where=str(path)) for name in ("model", "criterion")}
@@ -247,19 +233,3 @@ def _sections(recipe: Recipe, options: AlignmentOptions) -> Mapping[str, Any]:
 
 def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
-
-
-def _path(settings: Strict, name: str) -> Path:
-    return (settings.folder(name) / Path(str(getattr(settings, name))).expanduser()).absolute()
-
-
-def _parts(options: AlignmentOptions) -> tuple[Path, ...]:
-    made = tuple(
-        (options.folder("parts", i) / Path(part).expanduser()).absolute() for i, part in enumerate(options.parts)
-    )
-    for number, path in enumerate(made):
-        if not path.exists():
-            raise CheckpointError(
-                f"no such file: {path}", where=options.where("parts", number), fix="check the path of this part"
-            )
-    return made

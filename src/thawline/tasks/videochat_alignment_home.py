@@ -23,7 +23,7 @@ from thawline.ckpt.load import load_strict_
 from thawline.ckpt.source import open_source
 from thawline.ckpt.tensors import SourceTensors
 from thawline.data.videochat import ClipSettings
-from thawline.errors import CheckpointError
+from thawline.errors import CheckpointError, RecipeError
 from thawline.models.videochat.alignment import VideoAlignment
 from thawline.models.videochat.alignment_config import AlignmentConfig, alignment_from_json
 from thawline.models.videochat.alignment_loading import New, begin_anew, supply_of
@@ -65,9 +65,11 @@ class AlignmentHome:
                 config=alignment_from_json(data["config"], where=str(path)),
                 bert=folder / "bert",
                 parts=(folder / WEIGHTS,),
-                clips=ClipSettings(frames=int(data["frames"]), size=int(data["size"])),
+                clips=ClipSettings(frames=data["frames"], size=data["size"]),
             )
-        except (OSError, ValueError, KeyError, TypeError) as exc:
+        except RecipeError as exc:
+            raise RecipeError(exc.what, where=exc.where or str(path), fix=exc.fix) from exc
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as exc:
             raise CheckpointError(
                 f"the description of the model cannot be read: {exc}", where=str(path), fix="export the run again"
             ) from exc

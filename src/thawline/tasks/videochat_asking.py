@@ -12,19 +12,20 @@ from torch import Tensor
 from thawline.core.config import near_names
 from thawline.data.conversation import Dialogue, Media, Turn, read_dialogues
 from thawline.data.conversation_templates import TEMPLATES, Template
-from thawline.data.video import prepare, read_image, read_video, to_tiles, video_seconds
-from thawline.data.videochat import ChatSamples
+from thawline.data.video import Clip, read_image, read_video, video_seconds
+from thawline.data.videochat import ChatSamples, to_tensor
 from thawline.errors import DataError
 from thawline.models.videochat.build import Opened
 from thawline.models.videochat.chat import Answer, Sampling, chat, look
 from thawline.tasks.evaluating import evaluate_samples
-from thawline.tasks.videochat import evaluate
+from thawline.tasks.videochat import chat_samples, evaluate
 from thawline.tasks.videochat_home import ChatHome
 from thawline.tasks.videochat_loading import open_chat
 from thawline.train.engine import pick_device
 from thawline.train.task import Evaluation
 
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+_PLAYABLE = "give a file that a player shows; `ffmpeg -i FILE -c:v libx264 mended.mp4` mends many that it does not"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ class ChatModel:
         frames: of a video, in place of the model's own number
         device: auto takes the GPU where there is one
         """
+        pick_device(device)  # a wrong word is said before anything is loaded
         opened, home = open_chat(Path(model), None if base is None else Path(base), dtype=dtype)
         return cls.of(opened, home, frames=frames, device=device)
 
@@ -77,30 +79,11 @@ class ChatModel:
     def see(self, file: Path | str, *, limit_s: float | None = None) -> Seen:
         """Read a video or an image. Raises DataError where there is none, it cannot be read, or it lasts longer than
         `limit_s`."""
-        path = Path(file).expanduser()
-        if not path.is_file():
-            near = near_names(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else []
-            raise DataError(
-                "no such video or image",
-                where=str(path),
-                fix=f"did you mean {path.parent / near[0]}?" if near else "check the path",
-            )
-        settings = self.home.clips
-        is_image = path.suffix.lower() in IMAGES
-        if limit_s is not None and not is_image and (lasts := video_seconds(path)) > limit_s:
+        path, settings = _existing(file), self.home.clips
+        if limit_s is not None and not _is_image(path) and (lasts := video_seconds(path)) > limit_s:
             raise DataError(f"the video lasts {lasts:.1f} s, more than the limit of {limit_s:g} s", where=str(path))
-        read = read_image(path) if is_image else read_video(path, settings.frames, "uniform")
-        if settings.max_tiles:
-            clip = to_tiles(
-                read.frames,
-                settings.size,
-                settings.max_tiles,
-                padding=settings.tile_padding,
-                normalisation=settings.normalisation,
-            )
-        else:
-            clip = prepare(read.frames, settings.size, normalisation=settings.normalisation)
-        return Seen(path, "image" if is_image else "video", clip, read.times_s or None)
+        read = _frames_of(path, settings.frames)
+        return Seen(path, "image" if _is_image(path) else "video", to_tensor(read, settings), read.times_s or None)
 
     def talk(self, seen: Seen, *, instruction: str = "", sampling: Sampling | None = None) -> Talk:
         """A conversation about one file."""
@@ -123,19 +106,37 @@ class ChatModel:
 
     def samples(self, data: Path) -> ChatSamples:
         """The samples of an instruction file as they are for evaluation."""
-        config = self.home.config
-        return ChatSamples(
-            read_dialogues(data),
-            template=self.template,
-            tokenizer=self.opened.tokenizer,
-            instruction_tokenizer=self.opened.instruction_tokenizer,
-            settings=self.home.clips,
-            training=False,
-            seed=0,
-            max_text_tokens=config.max_text_tokens,
-            padding=config.qformer.padding,
-            visual_tokens=config.qformer.all_queries,
+        return chat_samples(self.home, self.opened, read_dialogues(data), settings=self.home.clips, training=False)
+
+
+def _existing(file: Path | str) -> Path:
+    path = Path(file).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+        raise DataError(
+            "this is a folder, and one video or image is meant",
+            where=str(path),
+            fix=f"give one of its files: {', '.join(inside[:4])}" if inside else "give a file",
         )
+    near = near_names(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else []
+    raise DataError(
+        "no such video or image",
+        where=str(path),
+        fix=f"did you mean {path.parent / near[0]}?" if near else "check the path",
+    )
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in IMAGES
+
+
+def _frames_of(path: Path, frames: int) -> Clip:
+    try:
+        return read_image(path) if _is_image(path) else read_video(path, frames, "uniform")
+    except DataError as exc:
+        raise DataError(exc.what, where=exc.where, fix=exc.fix or _PLAYABLE) from exc
 
 
 class Talk:

@@ -26,6 +26,7 @@ from thawline.models.videochat.build import Opened, build, for_stage, read_confi
 from thawline.models.videochat.config import VideoChatConfig
 from thawline.models.videochat.loading import LoadReport, account, copy_part_, kind_of
 from thawline.models.videochat.names import Part
+from thawline.tasks.videochat_settings import upstream_values
 
 NAME: Final = "videochat.json"
 """The file by which a directory describes itself as a VideoChat2 model."""
@@ -81,7 +82,8 @@ class ChatHome:
         section = dict(upstream.get("model", upstream))
         if hd:
             section["model_cls"] = "VideoChat2_it_hd_" + str(section.get("model_cls", ""))
-        config = read_config(llm, bert, section)
+        with upstream_values(str(path)):
+            config = read_config(llm, bert, section)
         if stage is None:
             kinds = {kind_of(tensor_names(part)) for part in parts}
             early = bool(kinds) and kinds <= {"stage1", "stage2"} and not new

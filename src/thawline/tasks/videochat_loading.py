@@ -15,6 +15,7 @@ from thawline.core.config import near_names
 from thawline.errors import CheckpointError, RecipeError
 from thawline.models.videochat.alignment import VideoAlignment
 from thawline.models.videochat.build import Opened
+from thawline.tasks.restoring import restore_
 from thawline.tasks.videochat import VideoChatOptions, VideoChatTask, home_of
 from thawline.tasks.videochat_alignment import AlignmentTask
 from thawline.tasks.videochat_alignment_home import AlignmentHome, is_alignment
@@ -139,9 +140,7 @@ def _over_home(path: Path, file: Path, base: Path | None) -> tuple[Opened, ChatH
         )
     home = home_at(where)
     opened = home.open()[0]
-    check_base(delta.base, BaseRef.of(opened.model, path=str(where)), source=str(path))
-    laid = lay_over(opened.model.state_dict(), delta, source=str(path))
-    load_strict_(opened.model, laid, source=str(path))
+    restore_(opened.model, delta, BaseRef.of(opened.model, path=str(where)), source=str(path))
     opened.model.eval()
     return opened, home
 

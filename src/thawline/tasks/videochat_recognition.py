@@ -80,16 +80,21 @@ def read_section(path: Path) -> Mapping[str, Any]:
 
     Raises RecipeError where it holds none.
     """
-    section: Any
+    data: Any
     if path.suffix == ".py" and path.is_file():
-        section = read_script(path.read_text(encoding="utf-8"), name="model", where=str(path))
+        data = read_script(path.read_text(encoding="utf-8"), name="model", where=str(path))
     else:
         data = read_yaml(path).data
-        section = data.get("model", data) if isinstance(data, dict) else None
+    return section_of(data, where=str(path))
+
+
+def section_of(data: Any, *, where: str) -> Mapping[str, Any]:
+    """Upstream's `model` section in `data`: that itself, or what holds it. Raises RecipeError where it is none."""
+    section = data.get("model", data) if isinstance(data, dict) else None
     if not isinstance(section, dict) or not _is_section(section):
         raise RecipeError(
             "no model section of upstream's is in it",
-            where=str(path),
+            where=where,
             fix='it holds "model": {"vision_encoder": {...}, "num_query_token": 32, ...}',
         )
     return section
@@ -118,12 +123,9 @@ def _described(path: Path) -> ChatHome:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']!r}, this version reads {FORMAT!r}")
-        root, llm, clips = path.parent, data["llm"], dict(data["clips"])
-        normalisation = clips.pop("normalisation")
-        if isinstance(normalisation, str):
-            normalisation = NORMALISATIONS[normalisation]
-        else:
-            normalisation = Normalisation(tuple(normalisation["mean"]), tuple(normalisation["std"]))
+        root, llm = path.parent, data["llm"]
+        if llm["dtype"] not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"the language model's dtype is {llm['dtype']!r}")
         return ChatHome(
             path=path,
             config=config_from_json(data["config"], where=str(path)),
@@ -131,14 +133,28 @@ def _described(path: Path) -> ChatHome:
             bert=None if data["bert"] is None else _read(data["bert"], root),
             parts=tuple(_read(p, root) for p in data["parts"]),
             new=tuple(data["new"]),
-            clips=ClipSettings(**clips, normalisation=normalisation),
-            dtype=str(llm["dtype"]),
+            clips=_clips_from(data["clips"]),
+            dtype=llm["dtype"],
             llm_fingerprint=str(llm["fingerprint"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as exc:
         raise CheckpointError(
             f"the description of the model cannot be read: {exc}", where=str(path), fix="export the run again"
         ) from exc
+
+
+def _clips_from(data: Mapping[str, Any]) -> ClipSettings:
+    """How clips become tensors, as `ChatHome.to_json` wrote it."""
+    told = dict(data)
+    normalisation = told.pop("normalisation")
+    if isinstance(normalisation, str):
+        normalisation = NORMALISATIONS[normalisation]
+    else:
+        normalisation = Normalisation(tuple(normalisation["mean"]), tuple(normalisation["std"]))
+    try:
+        return ClipSettings(**told, normalisation=normalisation)
+    except RecipeError as exc:
+        raise ValueError(exc.what) from exc
 
 
 def _parts_directory(path: Path) -> ChatHome:
@@ -215,7 +231,7 @@ def is_llm(path: Path) -> bool:
 
 
 def _is_section(section: Mapping[str, Any]) -> bool:
-    return "vision_encoder" in section and section.get("model_type") not in MODEL_TYPE
+    return isinstance(section.get("vision_encoder"), dict) and section.get("model_type") not in MODEL_TYPE
 
 
 def _read(written: str, root: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from thawline.core.config import scalar_text
 from thawline.tasks.videochat_recognition import home_at, is_llm, recognises
 
 _TEMPLATE = """\
@@ -70,7 +71,7 @@ def videochat_recipe(model: Path, *, train: str, valid: str, name: str) -> str:
     return _TEMPLATE.format(
         name=name,
         stem=Path(name).stem,
-        model=model,
+        model=scalar_text(model),
         train=train,
         valid=valid,
         frames=home_at(model).clips.frames if whole else 8,

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from thawline.ckpt.delta import BaseRef, read_delta
+from thawline.ckpt.formats.thawline_run import base_of_bare_delta, is_checkpoint
 from thawline.ckpt.load import Checkpoint, read_checkpoint, read_newest
 from thawline.core.config import near_names
 from thawline.data.image import read_pixels
 from thawline.data.image_transforms import seen
 from thawline.errors import CheckpointError, DataError
 from thawline.models.vision.architecture import logits_of
+from thawline.models.vision.head import resize_head_
 from thawline.tasks.evaluating import evaluate_samples
+from thawline.tasks.restoring import restore_
 from thawline.tasks.vision import VisionTask, evaluate, labelled
 from thawline.tasks.vision_home import VisionHome, find_head_of
 from thawline.train.law import Law
@@ -28,26 +32,22 @@ def load_classifier(path: Path | str, base: Path | str | None = None) -> tuple[n
     """The classifier at `path`, in eval mode, and what its files say of it.
 
     path: an exported or Hugging Face directory, a weights file, a run directory (its result, or where there is none
-          yet its newest whole checkpoint), or a checkpoint in a run directory
-    base: the base of a run, where it is no longer where the run found it
+          yet its newest whole checkpoint), a checkpoint in a run directory, or a delta
+    base: the base of a run or a delta, where it is no longer where the run found it
 
-    A checkpoint's head and layers come about through its run's recipe, so one that was taken out of its run is refused.
+    The names of the classes of a new head are in its run alone: a delta away from it gives numbered ones.
     """
     path = Path(path).expanduser().absolute()
+    under = base_of_bare_delta(path)
+    if under is not None:
+        return _of_delta(path, under if base is None else Path(base).expanduser().absolute())
     run = RunDirectory(path)
     if run.begun:
         if run.finished and base is None:
             return load_classifier(run.model)
         return _at_checkpoint(run, read_newest(run.checkpoints, report=_nobody), base)
-    if (path / "delta.safetensors").is_file():
-        owner = RunDirectory(path.parent.parent)
-        if not owner.begun:
-            raise CheckpointError(
-                "a checkpoint without its run: the recipe that says what its head is, is not there",
-                where=str(path),
-                fix="leave it in RUN/checkpoints, or use the run's exported model/",
-            )
-        return _at_checkpoint(owner, read_checkpoint(path), base)
+    if is_checkpoint(path):
+        return _at_checkpoint(RunDirectory(path.parent.parent), read_checkpoint(path), base)
     home = VisionHome.of(path)
     model = home.load()
     return model, find_head_of(home, model, "")
@@ -63,6 +63,24 @@ def _at_checkpoint(run: RunDirectory, checkpoint: Checkpoint, base: Path | str |
     law = Law.open(recipe.plan, model, run, seed=recipe.run.seed, source=recipe.path("model"))
     law.restore_(model, checkpoint)
     return model.eval(), task.vision_home
+
+
+def _of_delta(path: Path, base: Path) -> tuple[nn.Module, VisionHome]:
+    """A delta away from its run, over the base that it was made of."""
+    if not base.exists():
+        raise CheckpointError(
+            f"it changes a base that is not there any more: {base}", where=str(path), fix="say where it is with --base"
+        )
+    delta = read_delta(path) if path.is_file() else read_checkpoint(path).difference
+    model, home = load_classifier(base)
+    before = BaseRef.of(model, path=str(base))
+    held = [f"{home.head}{layer}.weight" for layer in ("", ".base_layer")]  # the latter under an adapter
+    rows = next((delta.tensors[name] for name in held if name in delta.tensors), None)
+    if held[0] in delta.base.made and rows is not None:
+        resize_head_(model, home.head, len(rows))
+        home = find_head_of(replace(home, classes=()), model, home.head)
+    restore_(model, delta, before, source=str(path))
+    return model.eval(), home
 
 
 def _nobody(message: str) -> None:

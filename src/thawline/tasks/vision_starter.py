@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from thawline.core.config import scalar_text
 from thawline.errors import CheckpointError
 from thawline.tasks.vision_home import VisionHome, describes, find_head_of
 
@@ -63,18 +64,18 @@ def is_classifier(model: Path) -> bool:
 
 
 def vision_recipe(model: Path, *, train: str, valid: str, name: str) -> str:
-    """The text of a recipe that fits a new head to the classifier at `model`. Raises CheckpointError for a damaged
-    one."""
+    """The text of a recipe that fits a new head to the classifier at `model`; train, valid and name stand in it as they
+    are given. Raises CheckpointError for a damaged one."""
     home = VisionHome.of(model)
     network = home.load()
     home = find_head_of(home, network, "")
     return _TEMPLATE.format(
         name=name,
-        model=model,
+        model=scalar_text(model),
         train=train,
         valid=valid,
         size=home.input.size,
-        head=home.head,
+        head=scalar_text(home.head),
         layers=_layer_list(network),
     )
 

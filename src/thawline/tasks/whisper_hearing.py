@@ -57,6 +57,9 @@ def _together(recognizer: Recognizer, recordings: Sequence[tuple[str, NDArray[np
             seconds=len(samples) / frontend.rate_hz,
             score=h.score,
             language=language,
+            nbest=tuple(
+                (tokenizer.decode(tokens).strip(), score) for tokens, score in zip(h.nbest, h.nbest_scores, strict=True)
+            ),
         )
         for (name, samples), h, language in zip(recordings, found, prompted, strict=True)
     ]

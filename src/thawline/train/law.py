@@ -6,18 +6,20 @@ Puts freeze (what may change) and ckpt (what did change) together; the two rooms
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from thawline.ckpt.delta import BaseRef, Delta, check_base, delta_of, lay_over
+from thawline.ckpt.formats.thawline_run import made_over
 from thawline.ckpt.load import Checkpoint, load_strict_
+from thawline.ckpt.source import made_by_builder
 from thawline.core.rng import derive
 from thawline.freeze.apply import apply_
 from thawline.freeze.audit import AuditReport, Snapshot, audit, snapshot
 from thawline.freeze.inspect import index_of
-from thawline.freeze.lora import inject_
+from thawline.freeze.lora import adapters_of, inject_
 from thawline.freeze.norm import convert_to_groupnorm_
 from thawline.freeze.plan import FreezePlan
 from thawline.freeze.resolve import Resolution, resolve_all
@@ -65,8 +67,11 @@ class Law:
         """Recognise the base (BaseMismatch if the run was begun on another), shape the model, take the digests."""
         base = BaseRef.of(model, path=str(source))
         if files.base.exists():
-            check_base(BaseRef.read(files.base), base, source=str(files.path))
+            begun = BaseRef.read(files.base)
+            check_base(begun, base, source=str(files.path))
+            base = replace(base, below=begun.below, made=begun.made)
         else:
+            base = replace(base, below=made_over(source), made=made_by_builder(base.digests, source))
             files.path.mkdir(parents=True, exist_ok=True)
             base.write(files.base)
         phases = shape_(model, plan, seed=seed)
@@ -93,7 +98,9 @@ class Law:
         Raises LawBroken naming the tensors that changed though no phase so far names them.
         """
         self.audit(model, stepped=False).raise_if_broken()
-        return delta_of(self.base, model.state_dict(), merged=False if self.plan.lora is not None else None)
+        merged = False if self.plan.lora is not None else None
+        adapters = adapters_of(model, besides=self.base.digests)
+        return delta_of(self.base, model.state_dict(), merged=merged, adapters=adapters)
 
     def audit(self, model: nn.Module, *, stepped: bool | None = None) -> AuditReport:
         """Hold the model as it is against what it was, under every phase entered."""

@@ -1,6 +1,6 @@
 """The loop: puts the rooms together in time. It orchestrates and does not compute.
 
-A run is a function of (recipe, base, step, tensors at step). So there is one way in (`Session.open`): state comes from
+A run is a function of (recipe, base, step, tensors at step). So there is one way in (`open_session`): state comes from
 a checkpoint or is the zero state, the model is the base with the state's tensors laid over it, the engine is built for
 the state's phase, and reading goes on at the state's cursor. Entering a new phase takes the same way.
 """
@@ -19,6 +19,7 @@ from thawline.errors import DataError, Stopped
 from thawline.train.engine import Rate
 from thawline.train.memory import until_it_fits
 from thawline.train.monitor import Monitor, SilentMonitor
+from thawline.train.opening import open_session
 from thawline.train.reading import GlobalBatch
 from thawline.train.recipe import Recipe
 from thawline.train.rewind import pass_over, too_many
@@ -68,7 +69,7 @@ def train(
 
 def _open(recipe: Recipe, task: Task, files: RunDirectory, monitor: Monitor, *options: Any) -> Session:
     try:
-        return Session.open(recipe, task, files, monitor, *options)
+        return open_session(recipe, task, files, monitor, *options)
     except StorageError as exc:
         end = end_of(exc, files, monitor.note)
         if end is exc:
@@ -76,9 +77,9 @@ def _open(recipe: Recipe, task: Task, files: RunDirectory, monitor: Monitor, *op
         raise end from exc
 
 
-def _stretch(open_session: Callable[[], Session], stop: StopSignal, until: int | None) -> Run | None:
+def _stretch(begin: Callable[[], Session], stop: StopSignal, until: int | None) -> Run | None:
     """The run from where it is to its end; None where it has gone back, and is to be taken up anew from there."""
-    session = open_session()
+    session = begin()
     session.monitor.begin(step=session.state.step, total_steps=session.total_steps)
     try:
         if not _steps(session, stop, until):

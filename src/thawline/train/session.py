@@ -1,6 +1,6 @@
 """A run while it is in memory: the model, the engine of the phase in force, the readers, and where the run is.
 
-`Session.open` is the one way in, for a new run, a resumed one and a forked one alike.
+How it comes to be there, of a new run, a resumed one and a forked one alike, is `opening`'s matter.
 """
 
 from __future__ import annotations
@@ -9,41 +9,34 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import nn
 
-from thawline.ckpt.load import Checkpoint, checkpoints, read_checkpoint, read_newest
+from thawline.ckpt.load import read_checkpoint
 from thawline.ckpt.mirror import mirror_model
 from thawline.ckpt.store import StorageError, atomic_dir
-from thawline.core.rng import derive
 from thawline.core.span import Span
 from thawline.data.loader import Loader
 from thawline.data.sampler import BatchPlan
-from thawline.errors import CheckpointError, DataError, LawBroken, RecipeError, ThawlineError
+from thawline.errors import CheckpointError, LawBroken, RecipeError, ThawlineError
 from thawline.freeze import doctor
 from thawline.freeze.doctor import Finding
 from thawline.freeze.schedule import Progress, phase_at, warmup_factor
-from thawline.models.recompute import recompute_
-from thawline.train import rewind, schedule
+from thawline.train import schedule
 from thawline.train.board import Board
 from thawline.train.clock import Clock
-from thawline.train.compatibility import environment, judge
 from thawline.train.ema import Ema
-from thawline.train.engine import Engine, Rate, pick_device
+from thawline.train.engine import Engine, Rate
 from thawline.train.evaluation import best_step, evaluate, scores
 from thawline.train.held_back import keep_rows
 from thawline.train.law import Law, write_audit
 from thawline.train.microbatch import PlannedStep, count_for, planned_steps
 from thawline.train.monitor import Monitor
-from thawline.train.probe import choose
 from thawline.train.reading import GlobalBatch, global_batches
 from thawline.train.recipe import Recipe
 from thawline.train.rundir import RowLog, RunDirectory
 from thawline.train.saving import Keeper, end_of
-from thawline.train.seeding import seed_all
-from thawline.train.start import first_moments, first_state, terms
 from thawline.train.state import RunState
 from thawline.train.task import Samples, Task
 
@@ -90,91 +83,6 @@ class Session:
             tell=self.monitor.note,
             waited=partial(self.clock.waited, "saving"),
         )
-
-    @classmethod
-    def open(
-        cls,
-        recipe: Recipe,
-        task: Task,
-        files: RunDirectory,
-        monitor: Monitor,
-        allow: Sequence[str] = (),
-        from_step: int | None = None,
-    ) -> Session:
-        """Begin a run, or take it up at its newest whole checkpoint (or at that of `from_step`)."""
-        device = pick_device(recipe.run.device)
-        recipe, model = _base_model(recipe, task, files)
-        checkpoint = _checkpoint(files, monitor, from_step)
-        state = RunState() if checkpoint is None else RunState.from_json(checkpoint.state["run"])
-        if checkpoint is not None:
-            torch.set_num_threads(checkpoint.state["environment"]["threads"])
-        law = Law.open(recipe.plan, model, files, seed=recipe.run.seed, source=recipe.path("model"))
-        resolution = law.enter(model, state.phase)
-        if recipe.run.recompute:
-            recompute_(model)
-        if checkpoint is not None:
-            law.restore_(model, checkpoint)
-        train_samples = task.samples(recipe, model, "train")
-        valid_samples = task.samples(recipe, model, "valid") if recipe.data.valid is not None else None
-        plan = BatchPlan(
-            len(train_samples), seed=recipe.run.seed, batching=recipe.data.batch, length=train_samples.length
-        )
-        recorded = {
-            "recipe": recipe.resolved(),
-            "data": {
-                "train": train_samples.fingerprint,
-                "valid": valid_samples.fingerprint if valid_samples is not None else None,
-            },
-            "environment": environment(device),
-        }
-        changed = False
-        if checkpoint is None:
-            files.create(recipe)
-            files.event("started", environment=recorded["environment"], data=recorded["data"])
-            state = first_state(recipe.start, plan, accumulate=recipe.run.accumulate)
-            if recipe.start is not None:
-                files.event("continued", step=state.step, grade="CONTINUES", reasons=[terms(recipe.start)])
-                monitor.note(f"CONTINUES {terms(recipe.start)}")
-        else:
-            verdict = judge(checkpoint.state, recorded, allow=allow, where=str(files.path))
-            changed = verdict.grade == "CONTINUES"
-            files.event("resumed", step=state.step, grade=verdict.grade, reasons=list(verdict.reasons))
-            because = f" ({'; '.join(verdict.reasons)})" if verdict.reasons else ""
-            monitor.note(f"going on after step {state.step}: {verdict.grade}{because}")
-        for note in getattr(task, "notes", ()):
-            files.event("note", text=note)
-            monitor.note(note)
-        _report_left_out(train_samples, recipe, files, monitor)
-        if from_step is not None:
-            given_up = rewind.give_up_after(files.checkpoints, from_step)
-            files.event("went back", step=from_step, given_up=given_up)
-        files.rewind_metrics(state.step)
-        engine = Engine(model, resolution, recipe.optim, device, recipe.run.precision)
-        engine.restore_optimizer_(first_moments(recipe) if checkpoint is None else checkpoint.optimizer)
-        ema = _ema(recipe, model, engine, checkpoint)
-        waits = partial(_tell_wait, files, monitor)
-        session = cls(
-            recipe=recipe,
-            task=task,
-            files=files,
-            monitor=monitor,
-            model=model,
-            law=law,
-            engine=engine,
-            state=state,
-            train_samples=train_samples,
-            valid_samples=valid_samples,
-            plan=plan,
-            loader=Loader(train_samples, seed=recipe.run.seed, workers=recipe.run.workers, tell=waits),
-            ema=ema,
-            recorded=recorded,
-        )
-        if checkpoint is None and recipe.run.micro_batch is not None:
-            session._choose_pieces(recipe.run.micro_batch)
-        if changed:  # what was allowed once is what the run is from here on, also for those that resume it next
-            files.write_recipe(recipe)
-            session.save(wait=True)
-        return session
 
     @property
     def steps_per_epoch(self) -> int:
@@ -225,20 +133,13 @@ class Session:
 
     def rest_of_epoch(self) -> Iterator[GlobalBatch]:
         """Global batches from the cursor to the end of its epoch, read ahead by the loader."""
-        return global_batches(self.loader, self._planned_steps(), waited=partial(self.clock.waited, "data"))
+        return global_batches(self.loader, self.planned_steps(), waited=partial(self.clock.waited, "data"))
 
-    def _planned_steps(self) -> Iterator[PlannedStep]:
+    def planned_steps(self) -> Iterator[PlannedStep]:
+        """This rank's part of the steps from the cursor to the end of its epoch."""
         run, engine = self.recipe.run, self.engine
         count = count_for(accumulate=run.accumulate, world=engine.world, fixed=run.micro_batches)
         return planned_steps(self.plan, self.state.cursor, run.accumulate, count, engine.rank, engine.world)
-
-    def _choose_pieces(self, wanted: int | Literal["auto"]) -> None:
-        """Cut micro-batches as the recipe says, once, before the first step; from then on the state has it."""
-        seed = self.recipe.run.seed
-        fit = choose(wanted, self.engine, self.task, self.train_samples, self._planned_steps(), seed=seed)
-        self.state = replace(self.state, split=fit.split)
-        self.files.event("micro-batch", samples=fit.rows, split=fit.split)
-        self.monitor.note(f"{fit.rows} samples at a time: each micro-batch is cut into {fit.split}")
 
     @property
     def evaluated(self) -> bool:
@@ -258,7 +159,7 @@ class Session:
                 self.engine.device,
                 split=self.state.valid_split,
                 tell=partial(self.cut, evaluating=True),
-                waits=partial(_tell_wait, self.files, self.monitor),
+                waits=partial(tell_wait, self.files, self.monitor),
             )
         for sample in bad:
             self.files.event("bad sample", step=self.state.step, split="valid", key=sample.key, reason=sample.reason)
@@ -434,8 +335,7 @@ class Session:
             with self.averaged():
                 yield self.model
             return
-        checkpoint = _checkpoint(self.files, self.monitor, best)
-        assert checkpoint is not None
+        checkpoint = read_checkpoint(self.files.checkpoint(best))
         model = self.task.build(self.recipe)
         self.law.shaped_like(model)
         self.law.restore_(model, checkpoint)
@@ -448,71 +348,11 @@ def _count(epoch: float, every: float) -> int:
     return int(epoch / every + 1e-9)
 
 
-def _tell_wait(files: RunDirectory, monitor: Monitor, text: str) -> None:
+def tell_wait(files: RunDirectory, monitor: Monitor, text: str) -> None:
+    """Say that a reader waits for storage, and write it down."""
     files.event("waiting", reason=text)
     monitor.note(text)
 
 
-def _ema(recipe: Recipe, model: nn.Module, engine: Engine, checkpoint: Checkpoint | None) -> Ema | None:
-    """The averages as they were saved, or begun now."""
-    if recipe.run.ema is None:
-        return None
-    ema = Ema(recipe.run.ema, model, {} if checkpoint is None else checkpoint.ema)
-    ema.follow_(engine.trainables)
-    return ema
-
-
 def _sentence(exc: BaseException) -> str:
     return exc.what if isinstance(exc, ThawlineError) else f"{type(exc).__name__}: {exc}"
-
-
-def _report_left_out(samples: Samples, recipe: Recipe, files: RunDirectory, monitor: Monitor) -> None:
-    """List what the plan of batches leaves out; too many unreadable samples end the run before it begins."""
-    unreadable = [sample for sample in samples.left_out if sample.unreadable]
-    filtered = [sample for sample in samples.left_out if not sample.unreadable]
-    for sample in unreadable:
-        files.event("bad sample", step=0, key=sample.key, reason=sample.reason)
-        monitor.note(f"left out sample {sample.key}: {sample.reason}")
-    if filtered:
-        files.event("filtered", keys=[sample.key for sample in filtered], first=filtered[0].reason)
-        monitor.note(
-            f"the filter leaves out {len(filtered)} samples, the first ({filtered[0].key}): {filtered[0].reason}"
-        )
-    total = len(samples) + len(unreadable)
-    if len(unreadable) > 1 and len(unreadable) > recipe.data.max_bad * total:
-        raise DataError(
-            f"{len(unreadable)} of {total} samples cannot be read, more than the stated share of "
-            f"{recipe.data.max_bad:.1%}; the first: {unreadable[0].reason}",
-            where=str(recipe.path("data", "train")),
-            fix="`thawline data check` lists them; mend or remove them, or raise data.max_bad",
-        )
-
-
-def _base_model(recipe: Recipe, task: Task, files: RunDirectory) -> tuple[Recipe, nn.Module]:
-    """The base with its weights. A random start is written down first: from then on it is a base like any other."""
-    if recipe.init == "pretrained":
-        return recipe, task.build(recipe)
-    start = files.path / "base"
-    if not start.is_dir():
-        seed_all(derive(recipe.run.seed, "init"))
-        drawn = task.build(recipe)
-        with atomic_dir(start) as folder:
-            task.export(drawn, folder)
-    recipe = recipe.model_copy(update={"model": str(start), "init": "pretrained"})
-    return recipe, task.build(recipe)
-
-
-def _checkpoint(files: RunDirectory, monitor: Monitor, step: int | None) -> Checkpoint | None:
-    if step is not None:
-        return read_checkpoint(files.checkpoint(step))
-    if checkpoints(files.checkpoints):
-        return read_newest(files.checkpoints, report=monitor.note)
-    if files.finished:
-        raise CheckpointError(
-            "the run is finished, and none of its checkpoints is left to go on from",
-            where=str(files.checkpoints),
-            fix="its result stays as it is; to train it again give another folder with --run",
-        )
-    if files.begun:
-        monitor.note("there is no checkpoint: the run begins at its beginning")
-    return None

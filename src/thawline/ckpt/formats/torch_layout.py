@@ -95,15 +95,15 @@ def lay_out(
     infos: Sequence[TensorInfo], *, key: str = "", dims: Mapping[str, int] | None = None, root: str = "archive"
 ) -> TorchLayout:
     """Lay out a file that holds a flat state dict, by itself or under `key`, with OpenAI's `dims` beside it."""
+    named = {info.name: info for info in infos}
     numbers: dict[str, int] = {}
     sizes: list[int] = []
     for info in infos:
-        kin = info.tied_to
-        if kin is not None and kin in numbers:
-            numbers[info.name] = numbers[kin]
-        else:
-            numbers[info.name] = len(sizes)
-            sizes.append(info.nbytes)
+        kept = info.tied_to if info.tied_to in named else info.name  # which may come after its aliases
+        if kept not in numbers:
+            numbers[kept] = len(sizes)
+            sizes.append(named[kept].nbytes)
+        numbers[info.name] = numbers[kept]
     program = _pickle(infos, numbers, key, dims)
     contents: list[tuple[str, int, bytes | None]] = [
         ("data.pkl", len(program), program),

@@ -43,10 +43,14 @@ def kaldi(rows: Rows, path: Path) -> Iterator[Placed]:
         except DataError as error:
             rows.refuse(error)
             continue
-        known = durations.get(key, ("", ""))[1]
         duration = end - start if start is not None and end is not None else None
-        if duration is None and known:
-            duration = seconds_of({"utt2dur": known}, ("utt2dur",), durations[key][0])
+        if duration is None and key in durations:
+            measured_at, known = durations[key]
+            try:
+                duration = seconds_of({"utt2dur": known}, ("utt2dur",), measured_at)
+            except DataError as error:
+                rows.refuse(error)
+                continue
         yield (
             where,
             Utterance(
@@ -87,6 +91,18 @@ def _segments(rows: Rows, path: Path) -> Iterator[tuple[str, str, str, float | N
         except (IndexError, ValueError):
             rows.refuse(DataError(f"not a segment: {line[:60]!r}", where=where, fix="UTTERANCE RECORDING START END"))
             continue
+        if len(cells) > 4:
+            rows.refuse(
+                DataError(
+                    f"a segment of one channel ({cells[4]!r}) is not read",
+                    where=where,
+                    fix="write each channel as a recording of its own, and leave the fifth column out",
+                )
+            )
+            continue
+        if not (0 <= start < float("inf") and (end == -1 or 0 <= end < float("inf"))):
+            rows.refuse(DataError(f"not times in seconds: {cells[2]} and {cells[3]}", where=where))
+            continue
         if end != -1 and end <= start:
             rows.refuse(DataError(f"the segment ends at {end:g} s, before it starts at {start:g} s", where=where))
             continue
@@ -94,6 +110,8 @@ def _segments(rows: Rows, path: Path) -> Iterator[tuple[str, str, str, float | N
 
 
 def _wav(rows: Rows, entry: str, root: Path, where: str) -> str:
+    if not entry:
+        raise DataError("no audio path after the key", where=where, fix="write: KEY PATH")
     if entry.endswith("|"):
         if not rows.allow_pipes:
             raise DataError(

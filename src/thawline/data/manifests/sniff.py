@@ -7,7 +7,7 @@ from pathlib import Path
 
 from thawline.data.manifests.folder import audio_files
 from thawline.data.manifests.rows import lines_of
-from thawline.data.utterance import AUDIO_SUFFIXES
+from thawline.data.utterance import AUDIO_SUFFIXES, is_url
 from thawline.errors import DataError
 
 FORMATS: Mapping[str, str] = {
@@ -18,8 +18,12 @@ FORMATS: Mapping[str, str] = {
     "commonvoice": "Common Voice table: .tsv with path and sentence, audio in clips/ beside it",
     "folder": "plain folder: audio files, each with a .txt of the same name beside it",
     "jsonl": ".jsonl: one JSON object a line with an audio path and a text",
+    "arrow": "Arrow table (.arrow, .feather): columns key, wav, txt, perhaps speaker, start, end, duration, lang, task",
+    "parquet": "Parquet table: the same columns",
 }
 """Every format by name with what it looks like; messages list them from here."""
+
+_TABLES = {".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow", ".parquet": "parquet", ".pq": "parquet"}
 
 
 def sniff(path: Path) -> tuple[Path, str]:
@@ -37,12 +41,17 @@ def sniff(path: Path) -> tuple[Path, str]:
         return path, "shard"
     if name.endswith(".jsonl"):
         return path, "jsonl"
+    if path.suffix.lower() in _TABLES:
+        return path, _TABLES[path.suffix.lower()]
     if path.suffix.lower() in AUDIO_SUFFIXES:
         raise DataError("this is an audio file, not a list of them", where=str(path), fix="give its folder, or a list")
+    table = table_kind(path)
+    if table:
+        return path, table
     first = next((line for _, line in lines_of(path) if line), "")
     if first.startswith("{"):
         return path, "raw"
-    if first.endswith(".tar"):
+    if first.endswith(".tar") or is_url(first):
         return path, "shard"
     if not first:
         raise DataError("the list is empty", where=str(path), fix="check that the list was written")
@@ -70,8 +79,18 @@ def _sniff_folder(path: Path) -> tuple[Path, str]:
         )
     if next(audio_files(path), None) is not None:
         return path, "folder"
-    lists = sorted(p.name for p in path.glob("*.list")) + sorted(p.name for p in path.glob("*.jsonl"))
+    lists = [name for kind in (".list", ".jsonl", *_TABLES) for name in sorted(p.name for p in path.glob(f"*{kind}"))]
     raise _unknown(path, f"it holds {', '.join(lists[:8])}: give one of them" if lists else "it holds no audio files")
+
+
+def table_kind(path: Path) -> str:
+    """The format of a table by the first bytes of a file, whatever it is called; "" for any other file."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(6)
+    except OSError as exc:
+        raise DataError(f"cannot be read: {exc.strerror}", where=str(path)) from exc
+    return "arrow" if head == b"ARROW1" else "parquet" if head[:4] == b"PAR1" else ""
 
 
 def _unknown(path: Path, seen: str) -> DataError:

@@ -9,10 +9,23 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from thawline.data.manifests.rows import TXT_NAMES, WAV_NAMES, Placed, Rows, lines_of
 from thawline.errors import DataError
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no field is there twice; Python would take the last one without a word."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice!r} is there twice")
+    return fields
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 def json_lines(rows: Rows, path: Path) -> Iterator[Placed]:
@@ -22,11 +35,15 @@ def json_lines(rows: Rows, path: Path) -> Iterator[Placed]:
             continue
         where = f"{path}:{number}"
         try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as exc:
+            fields = _DECODER.decode(line)
+        except (
+            ValueError,
+            RecursionError,
+        ) as exc:  # of the latter: brackets within brackets, or a number of 5000 digits
+            reason = f"{exc.msg} at column {exc.colno}" if isinstance(exc, json.JSONDecodeError) else str(exc)
             rows.refuse(
                 DataError(
-                    f"not JSON: {exc.msg} at column {exc.colno}: {line[:60]!r}",
+                    f"not JSON: {reason}: {line[:60]!r}",
                     where=where,
                     fix='a line looks like {"key": "a1", "wav": "a1.wav", "txt": "hello"}',
                 )
@@ -69,10 +86,11 @@ def _table(rows: Rows, path: Path, delimiter: str, root: Path | None = None) -> 
     lines = list(lines_of(path, strip="\r\n"))  # an empty first cell must stay one
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     # A quoted field may hold a line break, so the reader sees whole text and tells its line numbers.
-    table = csv.reader(io.StringIO("\n".join(line for _, line in lines)), delimiter=delimiter, quoting=quoting)
+    table = csv.reader(
+        io.StringIO("\n".join(line for _, line in lines)), delimiter=delimiter, quoting=quoting, strict=True
+    )
     header: list[str] | None = None
-    for cells in table:
-        where = f"{path}:{table.line_num}"
+    for where, cells in _cells_of(table, path):
         if not cells or not any(cells):
             continue
         if header is None:
@@ -84,6 +102,9 @@ def _table(rows: Rows, path: Path, delimiter: str, root: Path | None = None) -> 
                         where=where,
                         fix=f"name it one of: {', '.join(names)}",
                     )
+            twice = next((name for name in header if header.count(name) > 1 and name), None)
+            if twice is not None:
+                raise DataError(f"two columns are called {twice!r}", where=where, fix="rename or remove one of them")
             continue
         if len(cells) > len(header):
             rows.refuse(DataError(f"{len(cells)} cells in a table of {len(header)} columns", where=where))
@@ -91,3 +112,22 @@ def _table(rows: Rows, path: Path, delimiter: str, root: Path | None = None) -> 
         row = rows.row(dict(zip(header, cells, strict=False)), where, root or path.parent)
         if row:
             yield row
+
+
+def _cells_of(table: Any, path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Where each row of a csv reader ends, and its cells. Raises DataError for quotes that do not close."""
+    begin = 1
+    while True:
+        try:
+            cells = next(table, None)
+        except csv.Error as exc:
+            what = "a quoted cell does not end" if "unexpected end" in str(exc) else str(exc)
+            raise DataError(
+                f"not a table from here: {what}",
+                where=f"{path}:{begin}",
+                fix='close the quote; a quote inside a quoted cell is written twice ("")',
+            ) from exc
+        if cells is None:
+            return
+        yield f"{path}:{table.line_num}", cells
+        begin = table.line_num + 1

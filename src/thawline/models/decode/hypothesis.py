@@ -13,7 +13,7 @@ class Hypothesis:
     score:             natural-log score of the mode that made it (see the mode's function for what it sums)
     times:             encoder frame of each token; None where the mode does not align
     nbest:             all hypotheses, best first; nbest[0] is `tokens`
-    nbest_scores:      the score of each
+    nbest_scores:      the score of each; of a Whisper with a beam, what its search goes by (see its `decode`)
     nbest_times:       the times of each; None where the mode does not align
     confidence:        0..1, per-token geometric mean of the probabilities; None where the mode has none
     tokens_confidence: 0..1 for each token; None where the mode has none

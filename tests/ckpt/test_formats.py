@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from tests.ckpt import foreign
 
+from thawline.ckpt.convert import convert
 from thawline.ckpt.formats.pieces import Planned, TensorInfo, Zeros, read
 from thawline.ckpt.source import Source, open_source
 from thawline.errors import CheckpointError
@@ -78,6 +79,25 @@ def test_what_was_frozen_after_it_had_trained_comes_from_its_master(stage: int, 
     source = agree(tmp_path / "run", expected)
     assert source.info("up.weight").origin == source.info("down.weight").origin == "master weights"
     assert source.info("old.weight").origin == "frozen fragment"
+
+
+@pytest.mark.parametrize("given", ["", "global_step3"], ids=["the folder", "the tag's"])
+def test_shards_in_a_trainers_checkpoint_travel_with_the_description_of_the_model(given: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    expected = foreign.zero(folder, stage=2)
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    (folder / "tokenizer.json").write_text("{}")
+    rounded = {name: tensor.bfloat16() for name, tensor in expected.items() if tensor.is_floating_point()}
+    save_file({name: tensor.clone() for name, tensor in rounded.items()}, folder / "model.safetensors")
+    source = agree(folder / given, expected)
+    assert source.info("up.weight").dtype == "F32"
+    assert source.notes[-1].startswith("model.safetensors lies beside the shards and was not read")
+    report = convert(folder / given, tmp_path / "hf", to="hf")
+    assert report.verified
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json"
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "float32"
 
 
 def test_an_optimizer_of_bf16_that_states_no_stage_is_cut_as_stage_1(tmp_path: Path) -> None:
@@ -401,6 +421,17 @@ def test_wenets_directory_gives_final_or_the_tag_that_is_asked_for(tmp_path: Pat
     source = open_source(tmp_path)
     assert source.format == "wenet (final.pt)"
     assert list(source.sidecars) == ["train.yaml"]
+
+
+def test_a_directory_of_wenet_before_2024_lists_its_numbered_files(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("encoder: conformer\n")
+    for epoch in (0, 1):
+        expected = foreign.state_dict(tmp_path / f"{epoch}.pt")
+    with pytest.raises(CheckpointError, match=r"no final\.pt and several others") as caught:
+        open_source(tmp_path)
+    assert caught.value.fix == "ask for a tag: 0, 1"
+    with open_source(tmp_path, tag="1") as source:
+        assert set(source.names) == set(expected)
 
 
 def test_a_missing_path_is_answered_with_its_neighbours(tmp_path: Path) -> None:

@@ -249,9 +249,9 @@ def _plan(path: Path, tag: str | None, only: str) -> Plan:
     if not path.is_dir():
         raise CheckpointError("is neither a file nor a folder", where=str(path), fix="give a checkpoint")
     if dcp.looks_like(path):
-        return dcp.plan(path, key=tag)
+        return _of_trainer(dcp.plan(path, key=tag), path)
     if zero.looks_like(path):
-        return zero.plan(path, tag=tag)
+        return _of_trainer(zero.plan(path, tag=tag), path)
     if huggingface.looks_like(path):
         if tag is not None:
             raise _one_only(path, tag)
@@ -271,6 +271,17 @@ def _plan(path: Path, tag: str | None, only: str) -> Plan:
         where=str(path),
         fix=f"it holds: {listed}; give the file or folder itself",
     )
+
+
+def _of_trainer(plan: Plan, path: Path) -> Plan:
+    """Shards with what transformers' Trainer leaves beside them: a description of the model, often rounded weights."""
+    folder = path if (path / "config.json").is_file() else path.parent
+    config, sidecars = huggingface.described(folder)
+    if config is None or "model_type" not in config:
+        return plan
+    beside = huggingface.whole_file(folder)
+    notes = (f"{beside} lies beside the shards and was not read: theirs are the weights as trained",) if beside else ()
+    return replace(plan, config=config, sidecars={**sidecars, **plan.sidecars}, notes=(*plan.notes, *notes))
 
 
 def _no_averages(path: Path, what: str) -> CheckpointError:

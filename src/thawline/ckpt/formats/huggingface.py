@@ -55,7 +55,7 @@ SIDECARS: Final = (
 
 def looks_like(path: Path) -> bool:
     """Whether a folder is laid out this way."""
-    return path.is_dir() and (any((path / name).is_file() for name in (*_WHOLE, *_INDEXES)) or bool(_pieces(path)))
+    return path.is_dir() and bool(whole_file(path) or _pieces(path))
 
 
 def plan(path: Path) -> Plan:
@@ -78,13 +78,23 @@ def plan(path: Path) -> Plan:
         raise CheckpointError(
             f"has {len(pieces)} shards and no index of them", where=str(path), fix=f"bring {_INDEXES[0]} back"
         )
-    config = _config(path)
+    config, sidecars = described(path)
     if config is not None:
         tensors = _with_tied(tensors, config, notes)
     kind = "peft adapter" if (path / "adapter_config.json").is_file() else "hugging face"
     how = f"{kind}, {len(files)} files" if index is not None else kind
-    sidecars = {name: inside(path, name) for name in SIDECARS if (path / name).is_file()}
     return Plan(format=how, tensors=tensors, files=tuple(files), notes=tuple(notes), sidecars=sidecars, config=config)
+
+
+def described(path: Path) -> tuple[Mapping[str, object] | None, dict[str, Path]]:
+    """The configuration in a folder, and the files that travel with a model; a Trainer leaves both beside shards."""
+    config = _json(inside(path, "config.json")) if (path / "config.json").is_file() else None
+    return config, {name: inside(path, name) for name in SIDECARS if (path / name).is_file()}
+
+
+def whole_file(path: Path) -> str:
+    """The name of a file that holds all weights of a folder, or lists those that do; "" if there is none."""
+    return next((name for name in (*_WHOLE, *_INDEXES) if (path / name).is_file()), "")
 
 
 def _pieces(path: Path) -> list[str]:
@@ -164,10 +174,6 @@ def _file(path: Path) -> tuple[dict[str, Planned], MappedFile]:
     if not tensors:
         raise CheckpointError("holds no tensors at its top level", where=str(path), fix="convert the file itself")
     return tensors, archive.file
-
-
-def _config(path: Path) -> Mapping[str, object] | None:
-    return _json(inside(path, "config.json")) if (path / "config.json").is_file() else None
 
 
 def _json(path: Path) -> dict[str, Any]:

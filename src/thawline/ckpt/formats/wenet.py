@@ -1,4 +1,4 @@
-"""A WeNet model directory: `train.yaml`, `final.pt` or `epoch_N.pt` / `step_N.pt` / `avg_N.pt`, `units.txt`.
+"""A WeNet model directory: `train.yaml`, `final.pt` or `epoch_N.pt` / `step_N.pt` / `avg_N.pt` / `N.pt`, `units.txt`.
 
 Only which file is meant, and which files travel with it, is decided here; reading a torch file is the caller's.
 """
@@ -23,7 +23,7 @@ SIDECARS: Final = (
 )
 """Files that belong to a WeNet model and hold no weights."""
 
-_TAGGED = re.compile(r"(?:epoch|step|avg)_?\d+|init|final|resumed_\w+")
+_TAGGED = re.compile(r"(?:(?:epoch|step|avg)_?)?\d+|init|final|resumed_\w+")  # before 2024: N.pt
 
 
 def looks_like(path: Path) -> bool:

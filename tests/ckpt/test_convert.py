@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tests.ckpt import foreign
 from thawline.ckpt import store, targets
 from thawline.ckpt.convert import convert, write
 from thawline.ckpt.delta import BaseRef, apply, delta_of, read_delta, write_delta
+from thawline.ckpt.engine import Engine
 from thawline.ckpt.formats import whisper_names
 from thawline.ckpt.formats.casting import cast
 from thawline.ckpt.rename import Rename, read_rename_table
@@ -716,3 +718,51 @@ def test_names_that_are_called_tied_and_are_not_equal_are_refused(tmp_path: Path
     with pytest.raises(CheckpointError, match=r"is called tied to .*, and their values differ"):
         write(source, tmp_path / "m.pt", to="torch")
     assert not (tmp_path / "m.pt").exists()
+
+
+def test_a_tie_that_the_configuration_states_is_found_whatever_the_strides(tmp_path: Path) -> None:
+    embedding = torch.randn(500, 300)
+    tied = embedding.t().contiguous().t()
+    assert not tied.is_contiguous()
+    (tmp_path / "hf").mkdir()
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    torch.save({"model.embed_tokens.weight": embedding, "lm_head.weight": tied}, tmp_path / "hf" / "pytorch_model.bin")
+    report = convert(tmp_path / "hf", tmp_path / "out", to="hf")
+    assert report.tensors == 2
+    same(load_file(tmp_path / "out" / "model.safetensors"), {"model.embed_tokens.weight": embedding})
+
+
+def test_a_delta_believes_no_tie_that_is_not_there(tmp_path: Path) -> None:
+    new = {"a": torch.ones(3), "b": torch.zeros(3)}
+    save_file(new, tmp_path / "new.safetensors", metadata={"thawline.tied": json.dumps({"b": "a"})})
+    save_file({"a": torch.zeros(3), "b": torch.ones(3)}, tmp_path / "base.safetensors")
+    convert(tmp_path / "new.safetensors", tmp_path / "d.safetensors", to="delta", base=tmp_path / "base.safetensors")
+    convert(tmp_path / "d.safetensors", tmp_path / "o.safetensors", to="safetensors")
+    same(load_file(tmp_path / "o.safetensors"), new)
+
+
+def test_a_delta_that_was_put_where_its_base_was_asks_for_the_base(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(3), "b": torch.ones(2)}, tmp_path / "base.pt")
+    torch.save({"a": torch.ones(3), "b": torch.ones(2)}, tmp_path / "new.pt")
+    convert(tmp_path / "new.pt", tmp_path / "d.safetensors", to="delta", base=tmp_path / "base.pt")
+    shutil.copy(tmp_path / "base.pt", tmp_path / "elsewhere.pt")
+    os.replace(tmp_path / "d.safetensors", tmp_path / "base.pt")
+    with pytest.raises(CheckpointError, match="tensors are in its base only"):
+        convert(tmp_path / "base.pt", tmp_path / "o.pt", to="torch")
+    convert(tmp_path / "base.pt", tmp_path / "o.pt", to="torch", base=tmp_path / "elsewhere.pt")
+    same(torch.load(tmp_path / "o.pt"), torch.load(tmp_path / "new.pt"))
+
+
+def test_a_source_that_is_gone_at_the_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Engine.finish
+
+    def finish(self: Engine, names: Iterable[str], where: Path) -> None:
+        (tmp_path / "m.pt").unlink()
+        whole(self, names, where)
+
+    torch.save({"w": torch.ones(3)}, tmp_path / "m.pt")
+    monkeypatch.setattr(Engine, "finish", finish)
+    with pytest.raises(CheckpointError, match="vanished while it was converted"):
+        convert(tmp_path / "m.pt", tmp_path / "o.safetensors", to="safetensors")
+    assert not (tmp_path / "o.safetensors").exists()

@@ -632,3 +632,20 @@ def test_every_damaged_checkpoint_is_refused_by_file_and_cause(
         assert str(copy) in str(caught.value)
         assert caught.value.fix
     assert not os.path.lexists(tmp_path / "pickle_code_ran")
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_weights_of_a_run_that_diverged_are_not_taken_for_those_of_another(
+    stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = foreign.model
+
+    def diverged(seed: int = 0) -> tuple[foreign.Tensors, foreign.Tensors, foreign.Tensors, dict[str, str]]:
+        trainable, *others = sound(seed)
+        trainable["up.weight"].fill_(float("nan"))  # as bf16 it has other bits than the widened and rounded one
+        return trainable, *others
+
+    monkeypatch.setattr(foreign, "model", diverged)
+    foreign.zero(tmp_path / "run", stage=stage)
+    with open_source(tmp_path / "run") as source:
+        assert torch.frombuffer(bytearray(source.read("up.weight")), dtype=torch.float32).isnan().all()

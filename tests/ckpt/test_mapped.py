@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -121,3 +123,36 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "f").write_bytes(content)
     monkeypatch.setattr(os, "preadv", lambda d, buffers, place: whole(d, [buffers[0][:1000]], place))
     assert b"".join(map(bytes, MappedFile(tmp_path / "f").stream(0, len(content), 1 << 18))) == content
+
+
+def test_more_shards_than_open_files_are_usual_are_no_obstacle(tmp_path: Path) -> None:
+    program = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from thawline.ckpt.formats.mapped import MappedFile\n"
+        "soft, hard, count = map(int, sys.argv[2:])\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))\n"
+        "Path(sys.argv[1]).write_bytes(bytes(100))\n"
+        "files = [MappedFile(Path(sys.argv[1])) for _ in range(count)]\n"
+        "opened = open(sys.argv[1])\n"  # what others open a short while finds room too
+        "print(len(files))\n"
+    )
+
+    def tried(soft: int, hard: int, count: int) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program, str(tmp_path / "f"), str(soft), str(hard), str(count)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert tried(128, 1000, 600).stdout == "600\n"
+    refused = tried(128, 128, 600)
+    assert refused.returncode != 0
+    assert "raise the limit (ulimit -n)" in refused.stderr
+
+
+def test_a_file_of_a_checkpoint_is_let_go_of_when_it_is_closed(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(bytes(1 << 20))
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        file = MappedFile(tmp_path / "f")
+        next(file.stream(0, 1 << 20, 1 << 18))  # and no further
+        file.close()
+    assert len(os.listdir("/proc/self/fd")) == before

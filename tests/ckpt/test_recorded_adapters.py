@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from thawline.ckpt.convert import convert
@@ -198,3 +199,15 @@ def trained_state(folder: Path) -> dict[str, Tensor]:
 def test_a_record_that_contradicts_itself_is_refused(record: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Adapter.from_json(json.loads(json.dumps(record)))
+
+
+def test_what_a_checkpoint_leaves_to_a_delta_with_adapters_is_taken_merged(tmp_path: Path) -> None:
+    base, model = trained(Lora(target=("line",), r=2, alpha=3))
+    torch.manual_seed(0)
+    save_file({n: t.clone() for n, t in Net().state_dict().items()}, tmp_path / "base.safetensors")
+    base = replace(base, path=str(tmp_path / "base.safetensors"))
+    write_delta(tmp_path / "d.safetensors", delta_of(base, model.state_dict(), adapters=adapters_of(model)))
+    part = {"wave.bias": torch.randn(6)}
+    torch.save(part, tmp_path / "part.pt")
+    convert(tmp_path / "part.pt", tmp_path / "o.safetensors", to="safetensors", base=tmp_path / "d.safetensors")
+    assert same(load_file(tmp_path / "o.safetensors"), dict(merged_copy(model).state_dict()) | part)

@@ -10,6 +10,7 @@ import pickletools
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -182,3 +183,23 @@ def test_reading_imports_nothing_the_pickle_names() -> None:
         "except CheckpointError:\n    pass\nassert 'this' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("make", [lambda x: x.conj(), lambda x: x.conj().imag], ids=["conj", "neg"])
+def test_a_tensor_that_torch_has_still_to_change_is_refused(
+    make: Callable[[torch.Tensor], torch.Tensor], tmp_path: Path
+) -> None:
+    value = make(torch.randn(3, dtype=torch.complex64))
+    torch.save({"w": value}, tmp_path / "lazy.pt")
+    with pytest.raises(CheckpointError, match="values are not its bytes"):
+        open_source(tmp_path / "lazy.pt")
+    torch.save({"w": value.resolve_conj().resolve_neg()}, tmp_path / "plain.pt")
+    with open_source(tmp_path / "plain.pt") as source:
+        assert bytes(source.read("w")) == value.resolve_conj().resolve_neg().numpy().tobytes()
+
+
+def test_tensors_under_names_that_are_no_text_are_mentioned(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2), 7: torch.ones(3)}, tmp_path / "m.pt")
+    with open_source(tmp_path / "m.pt") as source:
+        assert source.names == ("w",)
+        assert "tensors whose names are no text, left out: 7" in source.notes

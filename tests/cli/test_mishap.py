@@ -126,6 +126,27 @@ def test_an_output_that_cannot_be_written_is_named(argv: list[str]) -> None:
     assert done.stderr.count("\n") == 2
 
 
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_standard_stream_that_is_closed_changes_neither_the_exit_code_nor_what_the_others_hold(
+    closed: tuple[int, ...], tmp_path: Path
+) -> None:
+    def ended(*argv: str) -> tuple[int, str, str]:
+        closing = " ".join(f"{number}{'<' if number == 0 else '>'}&-" for number in closed)
+        done = subprocess.run(
+            ["sh", "-c", f'exec "$@" {closing}', "sh", *program(*argv)], capture_output=True, text=True, timeout=60
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, err = ended("explain", "4", "--json")
+    assert (code, err) == (0, "")
+    assert out == "" if 1 in closed else json.loads(out)
+    code, out, err = ended("runs", str(tmp_path / "none"), "--json")
+    assert code == 2
+    assert out == "" if 1 in closed else json.loads(out)["error"]["exit_code"] == 2
+    assert err == "" if 2 in closed else err.startswith("error: there is no folder")
+    assert "Traceback" not in err
+
+
 def test_control_c_outside_of_training_leaves_no_traceback(tmp_path: Path) -> None:
     fifo = tmp_path / "recipe.yaml"
     os.mkfifo(fifo)  # a recipe that never comes

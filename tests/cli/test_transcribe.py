@@ -346,3 +346,12 @@ def test_help_of_the_verbs_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_link_that_leads_nowhere_is_called_that(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone.wav").symlink_to("elsewhere.wav")
+    code, _, err = call(capsys, "transcribe", folder / "base", tmp_path)
+    assert code == 3
+    assert f"{tmp_path / 'gone.wav'}: is a link to elsewhere.wav, which is not there" in err

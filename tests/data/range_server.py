@@ -37,7 +37,7 @@ class Served:
 
 
 @contextmanager
-def serving() -> Iterator[Served]:
+def serving(port: int = 0) -> Iterator[Served]:
     """A server that runs while the block does."""
     served = Served()
 
@@ -52,6 +52,9 @@ def serving() -> Iterator[Served]:
 
         def _answer(self, *, with_body: bool) -> None:
             asked = self.headers.get("Range", "")
+            if served.over.is_set():  # on a connection that was kept
+                self.close_connection = True
+                return
             served.asked.append((self.command, self.path, asked))
             failures = served.failures.get(self.path)
             if failures:
@@ -95,7 +98,7 @@ def serving() -> Iterator[Served]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     served.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import tarfile
@@ -229,6 +230,33 @@ def test_a_network_that_goes_on_failing_costs_one_sample_after_four_tries(tmp_pa
     assert [b.key for b in got.bad] == ["u0"]
     assert "cannot be had (4 tries): status 503" in got.bad[0].reason
     assert len(web.asked) == 6
+
+
+def test_a_server_that_cannot_be_reached_is_waited_for_and_costs_nothing(tmp_path: Path, cache: Path):
+    with serving() as served:
+        served.files = {"/s0.tar": SHARDS["s0.tar"]}
+        path = tmp_path / "x.list"
+        path.write_text(f"{served.url}/s0.tar\n")
+        samples = SpeechSamples(read_manifest(path), FRONTEND, TOKENIZER, training=True)
+        request = BatchRequest(epoch=0, cursor=Cursor(), ids=(0, 1, 2))
+        with Loader(samples, seed=1) as loader:
+            wanted = bits(list(loader.iterate([request])))
+    with pytest.raises(ConnectionRefusedError, match=r"cannot be had \(4 tries\)"):
+        samples.read(0, 0)
+    port = int(served.url.rpartition(":")[2])
+    waits: list[str] = []
+    with contextlib.ExitStack() as later:
+
+        def told(text: str) -> None:
+            if not waits:  # it is back, at the same address
+                back = later.enter_context(serving(port))
+                back.files = {"/s0.tar": SHARDS["s0.tar"]}
+            waits.append(text)
+
+        with Loader(samples, seed=1, tell=told) as loader:
+            assert bits(list(loader.iterate([request]))) == wanted
+    assert waits
+    assert waits[0].startswith("waiting for storage")
 
 
 def test_a_server_that_never_answers_is_not_waited_for_without_end(

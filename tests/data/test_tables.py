@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -18,13 +19,14 @@ from thawline.cli.app import run
 from thawline.data.check import check_data
 from thawline.data.loader import BatchRequest, Loader
 from thawline.data.manifest import Manifest, read_manifest
+from thawline.data.manifests import arrow_copy
 from thawline.data.manifests.table_writing import write_table
 from thawline.data.sampler import Batching, BatchPlan, Cursor
 from thawline.data.speech import SpeechSamples
 from thawline.data.speech_frontend import SpeechFrontend
 from thawline.data.text import CharTokenizer, build_units
 from thawline.data.utterance import Utterance
-from thawline.errors import DataError
+from thawline.errors import DataError, ThawlineError
 
 np = pytest.importorskip("numpy")
 pa = pytest.importorskip("pyarrow", reason="the extra `tables` is not installed")
@@ -302,6 +304,22 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path):
     manifest = read_manifest(path, cache=tmp_path / "file")
     assert list(manifest) == wanted(tmp_path)
     assert not list(tmp_path.glob("**/*.making"))
+
+
+def test_no_room_for_a_copy_anywhere_is_said_of_the_disk_and_not_of_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = parquet(table(), sounds(tmp_path) / "t.parquet")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(arrow_copy, "_made", full)
+    with pytest.raises(ThawlineError, match="there is no room for a copy of this table") as caught:
+        read_manifest(path)
+    assert caught.value.exit_code == 1
+    assert caught.value.where == str(path)
+    assert "TMPDIR" in caught.value.fix
 
 
 # --- the same corpus as a list and as a table -------------------------------------------------------------------------

@@ -166,3 +166,14 @@ def test_other_units_are_written_as_tensors_and_not_taken_for_the_bases(tmp_path
     with pytest.raises(tl.CheckpointError, match=r"what they mean \(its units or classes\) is not in") as caught:
         tl.load(delta, tmp_path / "base")
     assert "give the run's folder" in caught.value.fix
+
+
+def test_a_delta_that_was_put_where_its_base_was_is_refused_by_every_reader(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(3)}, tmp_path / "base.pt")
+    torch.save({"a": torch.ones(3)}, tmp_path / "new.pt")
+    convert(tmp_path / "new.pt", tmp_path / "d.safetensors", to="delta", base=tmp_path / "base.pt")
+    (tmp_path / "d.safetensors").replace(tmp_path / "base.pt")
+    with pytest.raises(tl.CheckpointError, match="a base that is not there any more"):
+        tl.load(tmp_path / "base.pt")
+    with pytest.raises(tl.CheckpointError, match="a base that is not there any more"):
+        tl.export(tmp_path / "base.pt", tmp_path / "out")

@@ -227,7 +227,7 @@ def _open(
         raise _no_averages(path, plan.format)
     if base is None:
         return Source(path, plan, below=thawline_run.made_over(path))
-    under = _open(base, None, None, None, below=True)
+    under = _open(base, None, None, None, below=True).merged()  # only a delta knows the base's adapters apart
     if plan.format.startswith("peft"):
         return Source(path, adapters.merge(plan, under.plan, path=path, base_path=base))
     return Source(path, _over(path, plan, under))
@@ -377,7 +377,7 @@ def _delta(path: Path, delta: thawline_run.DeltaPlan, base: Path | None, *, look
     below = (*delta.below, delta.fingerprint)
     if base is None:
         recorded = Path(delta.base_path) if look and delta.base_path else None
-        if recorded is None or not recorded.exists():
+        if recorded is None or not recorded.exists() or recorded.samefile(path):
             if not must:
                 return Source(path, thawline_run.plan_alone(delta), below=below)
             raise _no_base(path, delta)

@@ -214,7 +214,9 @@ def to_delta(engine: Engine, dst: Path, force: bool, base: Path, label: str) -> 
         copied = {n: by_digest[d] for n, d in digests.items() if n not in base_digests and d in by_digest}
         changed = {n: d for n, d in digests.items() if base_digests.get(n) != d and n not in copied}
         removed = sorted(set(base_digests) - set(digests)) if complete else []
-        aliases = {name: work.jobs[name].info.tied_to for name in changed if work.jobs[name].info.tied_to in changed}
+        # A reader of the delta gives an alias the other's bytes, so what the source says of ties has to be true.
+        tied = {name: work.jobs[name].info.tied_to for name in changed}
+        aliases = {name: kept for name, kept in tied.items() if kept in changed and digests[name] == digests[kept]}
         stored = [name for name in changed if name not in aliases]
         result = {n: d for n, d in base_digests.items() if n not in removed} | {
             n: digests[n] for n in (*copied, *changed)

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from thawline.cli.mishap import READER_LEFT, error_of, reader_left, silence_what_is_stuck
+from thawline.cli.mishap import READER_LEFT, error_of, open_standard_streams, reader_left, silence_what_is_stuck
 from thawline.cli.output import print_error, take_any_name
 from thawline.errors import ThawlineError
 
@@ -87,6 +87,7 @@ def run(argv: Sequence[str]) -> int:
     `--json` one JSON object more; what only a mistake in the program can raise is raised.
     """
     as_json = "--json" in argv
+    open_standard_streams()
     take_any_name()
     try:
         code = _call(argv)

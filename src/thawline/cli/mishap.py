@@ -69,6 +69,23 @@ def reader_left(streams: Iterable[TextIO] | None = None) -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
+def open_standard_streams() -> None:
+    """Lead each of descriptors 0, 1 and 2 that is closed (`>&-`, as daemons start programs) nowhere.
+
+    The next files to be opened would get their numbers, and what a library says on standard error would be written
+    into a checkpoint or a lock; and Python's `print` with no standard error writes to standard output, which `--json`
+    owns.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one, as those below are open
+            os.set_inheritable(opened, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors="backslashreplace"))  # noqa: SIM115
+
+
 def silence_what_is_stuck() -> None:
     """Lead standard output and standard error nowhere where they can no longer be written, so that what lies in their
     buffers does not raise once more as the process ends."""

@@ -1,12 +1,15 @@
 """Bytes of files behind network addresses, by fsspec: a range at a time, tried again where the network fails.
 
 Which storages there are, and with which credentials, is fsspec's matter. Every failure is a DataError that names the
-address, so that one sample that cannot be had costs one sample.
+address, so that one sample that cannot be had costs one sample. Where the server cannot be reached at all, `away` tells
+so: then it is no sample that is bad, and whoever reads samples waits.
 """
 
 from __future__ import annotations
 
+import errno
 import io
+import socket
 import sys
 import time
 from typing import Any
@@ -20,6 +23,8 @@ PAUSES_S = (0.2, 1.0, 4.0)
 PATIENCE_S = 60.0
 """How long one request may take."""
 
+_AWAY = frozenset((errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+                   errno.ENETDOWN, errno.ENETUNREACH, errno.ETIMEDOUT))  # fmt: skip
 _SETTLED = (PermissionError, IsADirectoryError, NotADirectoryError)
 _LASTING_STATUS = range(400, 500)
 _PASSING_STATUS = (408, 425, 429)
@@ -43,6 +48,20 @@ def read(url: str, start: int, size: int) -> bytes:
             fix="it changed after it was indexed, or is cut short; write the shard again",
         )
     return bytes(body)
+
+
+def away(error: DataError) -> OSError | None:
+    """What the system would say of a storage that is away, where nobody could be reached in all tries; None where
+    somebody answered."""
+    cause = error.__cause__
+    if not isinstance(cause, _errors()):
+        return None
+    cause = _cause(cause)
+    code = getattr(cause, "errno", None)
+    botocore = sys.modules.get("botocore.exceptions")
+    if code == socket.EAI_AGAIN or (botocore is not None and isinstance(cause, botocore.ConnectionError)):
+        code = errno.EHOSTUNREACH  # names are not resolved, or the client does not say why
+    return OSError(code, error.what, error.where) if code in _AWAY else None
 
 
 def size_of(url: str) -> int:

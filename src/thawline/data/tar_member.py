@@ -19,13 +19,16 @@ _CHANGED = "the tar changed after it was indexed, or is cut short; write the sha
 
 
 def read_member(ref: TarRef) -> bytes:
-    """The bytes of the member. Raises DataError naming it; an OSError of local storage is passed on."""
+    """The bytes of the member. Raises DataError naming it; an OSError of local storage is passed on, and one is raised
+    for a server that cannot be reached."""
     if ref.offset < _BLOCK:
         raise DataError(f"no tar member begins at byte {ref.offset}", where=str(ref))
     begin, size = ref.offset - _BLOCK, ref.size + _BLOCK
     try:
         body = byte_range.read(ref.tar, begin, size) if is_url(ref.tar) else _local(ref.tar, begin, size)
     except DataError as error:
+        if (unreachable := byte_range.away(error)) is not None:
+            raise unreachable from error
         raise DataError(error.what, where=str(ref), fix=error.fix) from error
     except (FileNotFoundError, NotADirectoryError) as exc:
         raise DataError("there is no such tar", where=str(ref), fix="check the path in the list") from exc

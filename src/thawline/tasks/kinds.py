@@ -33,6 +33,8 @@ def kind_of(path: Path | str, base: Path | str | None = None) -> str:
     under = base_of_bare_delta(path)
     if under is not None:
         under = Path(base).expanduser().absolute() if base is not None else under
+        if under.exists() and under.samefile(path):  # it was put where its base was
+            return "speech"
         return "vision" if _is_classifier(under) else kind_of(under)
     return "vision" if path.is_dir() and describes(path) else "speech"
 

@@ -71,7 +71,7 @@ def locate(path: Path | str, base: Path | str | None = None) -> Location:
 
 
 def _over(weights: Path, base: Path, run: Path | None) -> Location:
-    if not base.exists():
+    if not base.exists() or base.samefile(weights):
         raise CheckpointError(
             f"it changes a base that is not there any more: {base}",
             where=str(weights),

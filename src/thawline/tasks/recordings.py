@@ -42,6 +42,8 @@ def existing(path: Path) -> Path:
     """The absolute path of a file. Raises DataError for what is none, naming those that are spelled alike."""
     if path.is_dir():
         raise DataError("this is a folder, not an audio file", where=str(path), fix="name the files in it")
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"is a link to {path.readlink()}, which is not there", where=str(path), fix="remove the link")
     if not path.is_file():
         near = near_names(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else []
         raise DataError(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import resource
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -20,6 +23,8 @@ CHUNK_BYTES: Final = 512 << 10  # stays in the processor's cache
 _RELEASED: Final = 16 << 20  # each release interrupts the other cores
 _RELEASED_LAST: Final = 256 << 10
 _STREAMED: Final = 64 << 10
+_SPARE: Final = 64  # descriptors for what is open a short while: streams, folders, results
+_ENOUGH: Final = "this process may not open enough files for its shards: raise the limit (ulimit -n)"
 
 
 class MappedFile:
@@ -44,7 +49,7 @@ class MappedFile:
             raise CheckpointError(
                 "is missing" if isinstance(exc, FileNotFoundError) else f"cannot be read: {exc.strerror}",
                 where=str(path),
-                fix="bring the file back, or use another checkpoint",
+                fix=_ENOUGH if exc.errno == errno.EMFILE else "bring the file back, or use another checkpoint",
             ) from exc
         try:
             info = os.fstat(descriptor)
@@ -53,12 +58,14 @@ class MappedFile:
             self.size = info.st_size
             self._identity = info.st_dev, info.st_ino
             if self.size:
+                _make_room(descriptor)
                 self._map = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
                 # Headers and probes are a few bytes in far places: with read-ahead, opening a cold ZeRO checkpoint of
                 # 2.3 GB read 880 MB of it, without 2.
                 self._advise("MADV_RANDOM", 0, self.size)
         except OSError as exc:
-            raise CheckpointError(f"cannot be mapped: {exc.strerror}", where=str(path)) from exc
+            fix = _ENOUGH if exc.errno == errno.EMFILE else ""
+            raise CheckpointError(f"cannot be mapped: {exc.strerror}", where=str(path), fix=fix) from exc
         finally:
             os.close(descriptor)
 
@@ -135,7 +142,9 @@ class MappedFile:
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as exc:
-            raise CheckpointError(f"vanished while it was read: {exc.strerror}", where=str(self.path)) from exc
+            what = "cannot be opened again" if exc.errno == errno.EMFILE else "vanished while it was read"
+            fix = _ENOUGH if exc.errno == errno.EMFILE else ""
+            raise CheckpointError(f"{what}: {exc.strerror}", where=str(self.path), fix=fix) from exc
         info = os.fstat(descriptor)
         if (info.st_dev, info.st_ino) != self._identity:
             os.close(descriptor)
@@ -180,6 +189,23 @@ class MappedFile:
             self._map.close()
         except BufferError:
             return  # a caller still holds bytes of it; the map goes when the last of them does
+
+
+def _make_room(descriptor: int) -> None:
+    """Allow this process more open files, as far as it may, before there are as many as it is allowed.
+
+    A map keeps a duplicate of its descriptor until it is closed, a checkpoint may have thousands of shards, and the
+    usual limit is 1024 (256 on macOS).
+    """
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    probe = os.dup(descriptor)  # the lowest number that is free
+    os.close(probe)
+    if allowed == resource.RLIM_INFINITY or probe < allowed - _SPARE:
+        return
+    more = 4 * allowed if most == resource.RLIM_INFINITY else min(4 * allowed, most)
+    if more > allowed:
+        with suppress(OSError, ValueError):  # then the limit stays, and opening says so when it is reached
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, most))
 
 
 @dataclass(slots=True, eq=False)

@@ -190,11 +190,25 @@ def _tensor(args: tuple[Any, ...], dtype: str = "") -> TensorRef:
 
 
 def _rebuild_tensor(args: tuple[Any, ...], where: str) -> TensorRef:
+    _refuse_lazy(args[6:7], where)
     return _tensor(args)
 
 
 def _rebuild_tensor_v3(args: tuple[Any, ...], where: str) -> TensorRef:
+    _refuse_lazy(args[7:8], where)
     return _tensor(args, _dtype(args[6]))
+
+
+def _refuse_lazy(remarks: tuple[Any, ...], where: str) -> None:
+    """Torch conjugates and negates lazily: the bytes saved are those from before, with a remark behind the tensor."""
+    for remark in remarks:
+        pending = [str(key) for key, value in remark.items() if value] if isinstance(remark, dict) else []
+        if pending:
+            raise CheckpointError(
+                f"holds a tensor whose values are not its bytes: they are still to be changed ({', '.join(pending)})",
+                where=where,
+                fix="save what tensor.resolve_conj().resolve_neg() gives",
+            )
 
 
 def _first_tensor(args: tuple[Any, ...], where: str) -> TensorRef:

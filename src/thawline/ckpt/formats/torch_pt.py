@@ -59,8 +59,11 @@ def plan(path: Path, *, only: str = "weights") -> Plan:
             fix=f"its entries are: {', '.join(map(str, list(value)[:8]))}",
         )
     others = [str(name) for name, item in state.items() if not isinstance(item, TensorRef)]
+    unnamed = [repr(name) for name, item in state.items() if isinstance(item, TensorRef) and not isinstance(name, str)]
+    if unnamed:
+        notes.append(f"tensors whose names are no text, left out: {_first_few(unnamed)}")
     if others:
-        notes.append(f"not tensors, left out: {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}")
+        notes.append(f"not tensors, left out: {_first_few(others)}")
     dims = value.get("dims")
     config = {"dims": dims} if isinstance(dims, dict) and how == "openai whisper" else None
     sidecars = {}
@@ -106,3 +109,7 @@ def _find(value: Mapping[Any, Any], only: str, path: Path) -> tuple[Mapping[Any,
         where=str(path),
         fix=f"its entries are: {', '.join(map(str, list(value)[:8]))}",
     )
+
+
+def _first_few(names: list[str]) -> str:
+    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"

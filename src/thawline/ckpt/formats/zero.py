@@ -409,6 +409,8 @@ def _complete(
 
 
 _PROBE: Final = 256
+_INFINITE: Final = {"BF16": 0x7F80, "F16": 0x7C00}
+"""The bits of infinity; what is above them, without its sign, is no number."""
 
 
 def _check_cut(shards: Shards, module: Mapping[str, Planned], masters: Mapping[str, Planned]) -> None:
@@ -499,6 +501,9 @@ def _rounded(tensor: Planned, dtype: str, limit: int | None = None) -> object:
     for chunk in chunks(tensor, 4 * limit if limit else 1 << 20):
         rounded = np.frombuffer(cast(chunk, tensor.info.dtype, dtype), dtype=np.uint8)
         count = len(rounded) // ITEM_BYTES[dtype]
+        if dtype in _INFINITE:  # which NaN a NaN becomes differs between processors, and within torch
+            halves = rounded.view("<u2")
+            rounded = np.where((halves & 0x7FFF) > _INFINITE[dtype], 0x7FFF, halves).astype("<u2").view(np.uint8)
         if limit is not None:
             rounded = rounded[: (limit - taken) * ITEM_BYTES[dtype]]
         hasher.update(rounded.tobytes())

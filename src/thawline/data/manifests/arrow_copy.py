@@ -7,6 +7,8 @@ it was made of and its own, and both are computed anew before it is used: it is 
 from __future__ import annotations
 
 import atexit
+import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,11 +18,12 @@ from typing import Any, Literal
 
 from thawline.core.extras import need
 from thawline.data import cache as keeping
-from thawline.errors import DataError
+from thawline.errors import DataError, ThawlineError
 
 BATCH_ROWS = 65536
 """Rows of one record batch in tables that we write: small enough to be looked at whole, large enough to be few."""
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _VERSION = 1  # of the copy's layout; another one is another name
 Kind = Literal["file", "stream", "parquet"]
 
@@ -111,7 +114,7 @@ def copy_of(container: Container, names: Mapping[str, str], *, cache: Path | Non
     """An Arrow file that can be mapped, with the columns of `names` (field -> column) in that order; made where needed.
 
     cache: where it is kept; None is the user's cache folder. Where nothing can be kept it is made in the system's
-    temporary folder, and goes when this process ends.
+    temporary folder, and goes when this process ends. Raises ThawlineError where there is no room for it either.
     """
     layout = keeping.name_for((_VERSION, sorted(names.items())))[:8]
     origin = f"{container.path.stem}-{keeping.file_digest(container.path)[:32]}-{layout}"
@@ -130,9 +133,20 @@ def copy_of(container: Container, names: Mapping[str, str], *, cache: Path | Non
             return _made(container, names, home, origin)
         except OSError:
             pass  # read-only or full
-    passing = Path(tempfile.mkdtemp(prefix="thawline-table-"))
-    atexit.register(shutil.rmtree, passing, ignore_errors=True)
-    return _made(container, names, passing, origin)
+    try:
+        passing = Path(tempfile.mkdtemp(prefix="thawline-table-"))
+        atexit.register(shutil.rmtree, passing, ignore_errors=True)
+        return _made(container, names, passing, origin)
+    except OSError as exc:
+        if exc.errno not in _NO_ROOM:
+            raise
+        raise ThawlineError(
+            f"there is no room for a copy of this table, neither in {home or 'a cache folder (no home)'} nor in "
+            f"{tempfile.gettempdir()}: {os.strerror(exc.errno)}",
+            where=str(container.path),
+            fix="free space there, name other folders (XDG_CACHE_HOME, TMPDIR), or write the table as an uncompressed "
+            "Arrow file, which is not copied: thawline data table LIST OUT.arrow",
+        ) from exc
 
 
 def _made(container: Container, names: Mapping[str, str], home: Path, origin: str) -> Path:
